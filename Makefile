@@ -1,0 +1,39 @@
+# make demo | test | test-all | notebooks | lab | clean     PYTHON=python3.12 chooses the interpreter of a new environment
+PYTHON ?= python3
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test test-all notebooks lab clean check-notebooks
+demo: .venv/.installed
+	mdd_bench sweep benchmark
+
+test: .venv/.installed check-notebooks
+	pytest -q -m "not slow"
+
+test-all: .venv/.installed check-notebooks
+	pytest -q
+
+# Every library notebook runs from top to bottom (one thread per worker, or they fight for the cores).
+check-notebooks: .venv/.installed
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
+
+# Export the library, execute what is out of date, clean, and stamp each notebook with the hash of its code.
+notebooks: .venv/.installed
+	nbdev_export
+	python tests/notebooks.py
+
+lab: .venv/.installed
+	jupyter lab nbs
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .last_checked nbs/_text
+
+# A changed settings.ini updates the environment; otherwise it is used as it is.
+.venv/.installed: settings.ini setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mdd_bench needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
