@@ -1,0 +1,33 @@
+"What all tests share: a cache of their own, the real images where they are, a small dataset."
+import os, subprocess, sys, tempfile
+from pathlib import Path
+import pytest
+
+os.environ["MDD_BENCH_CACHE"] = tempfile.mkdtemp(prefix="mdd_bench_tests_")   # before anything asks for it
+ROOT = Path(__file__).resolve().parents[1]
+
+def real_folder():
+    "The real images: MDD_BENCH_REAL, or shared/data/real beside the checkout."
+    return Path(os.environ.get("MDD_BENCH_REAL") or ROOT.parent/"shared"/"data"/"real")
+
+@pytest.fixture(scope="session")
+def real():
+    folder = real_folder()
+    if not folder.is_dir(): pytest.skip(f"the real images are not there (set MDD_BENCH_REAL; looked in {folder})")
+    return folder
+
+@pytest.fixture(scope="session")
+def real_weights(real):
+    file = real.parent/"weights"/"resnet18_imagenet_layers1to3.pth"
+    if not file.is_file(): pytest.skip(f"the ResNet-18 weights are not there (looked for {file})")
+    return file
+
+@pytest.fixture
+def cli(tmp_path):
+    "The command line in a process of its own: (exit code, stdout, stderr)."
+    def call(*args, cwd=tmp_path, **env):
+        got = subprocess.run([sys.executable, "-c", "from mdd_bench.cli import main; main()", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=os.environ | env)
+        return got.returncode, got.stdout, got.stderr
+    return call
+
+SMALL = dict(data="embedded-v1-smoke", size=64, backbone="resnet18", weights="random", layers=[1, 2], epochs=1)
