@@ -204,7 +204,7 @@ class Defects:
         self.textures, self.probability, self.seed, self.images, self.files, self.source = textures, probability, seed, images, None, str(textures)
         if textures in ("procedural", "images"): return
         if not isinstance(textures, (str, Path)) or not Path(textures).expanduser().is_dir():
-            raise unknown("texture source", textures, ["procedural", "images", "or an existing folder of images"], DataError)
+            raise unknown("texture source", textures, ["procedural", "images", "<existing folder of images>"], DataError)
         folder = Path(textures).expanduser()
         self.files = texture_files(folder)
         self.source = folder_source(folder, self.files)

@@ -174,7 +174,8 @@ class Evaluator:
         "Add a batch of arrays or tensors. ValueError for values or shapes that do not fit; nothing is added then."
         maps, scores, masks, labels = checked(maps, scores, masks, labels)
         groups, self.next_region = pixel_groups(masks, labels, self.next_region)
-        self.pixels.append(pack(maps, groups)); self.scores.append(scores); self.labels.append(labels)
+        self.pixels.append(pack(maps, groups))
+        self.scores.append(scores.copy()); self.labels.append(labels.copy())
 
     def compute(self) -> dict[str, float]: # `METRICS`, their mean mAD, I-FPR95, P-FPR95, P-FPR95-good
         "All metrics of what was added. ValueError when nothing was; warns `UndefinedMetric` where one is nan."
