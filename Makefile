@@ -11,10 +11,10 @@ demo: .venv/.installed
 	mdd_bench sweep benchmark
 
 test: .venv/.installed check-notebooks
-	pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 pytest -q -n 2 -m "not slow"
 
 test-all: .venv/.installed check-notebooks
-	pytest -q
+	OMP_NUM_THREADS=1 pytest -q -n 2
 
 # Every library notebook runs from top to bottom (one thread per worker, or they fight for the cores).
 check-notebooks: .venv/.installed

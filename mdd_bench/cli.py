@@ -7,7 +7,7 @@ __all__ = ['app', 'Out', 'Device', 'Workers', 'StoreGb', 'version', 'detectors',
            'run_command', 'sweep', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
-import inspect, sys
+import inspect, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Optional
@@ -100,8 +100,9 @@ def sweep(study: Annotated[str, typer.Argument(help="its name, e.g. benchmark")]
     raise typer.Exit(1 if swept.failures else 0)
 
 # %% ../nbs/cli.ipynb #a515cc21
-def main():
+def main(args: list[str] = None):
     "The entry point: an `MddBenchError` becomes one line on stderr and exit code 2."
-    try: app()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"      # without the line of code that it came from
+    try: app(args, prog_name="mdd_bench")
     except MddBenchError as e: print(f"error: {e}", file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print("stopped; what is done is kept, start again to go on", file=sys.stderr); sys.exit(130)

@@ -23,11 +23,22 @@ def real_weights(real):
     return file
 
 @pytest.fixture
-def cli(tmp_path):
-    "The command line in a process of its own: (exit code, stdout, stderr)."
-    def call(*args, cwd=tmp_path, **env):
-        got = subprocess.run([sys.executable, "-c", "from mdd_bench.cli import main; main()", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=os.environ | env)
+def cli(tmp_path, capsys, monkeypatch):
+    "The command line in this process: (exit code, stdout, stderr). What a bug would print as a traceback is raised."
+    from mdd_bench.cli import main
+    monkeypatch.chdir(tmp_path)
+    def call(*args):
+        try: main([str(a) for a in args]); code = 0
+        except SystemExit as e: code = e.code
+        return code or 0, *capsys.readouterr()
+    return call
+
+@pytest.fixture
+def shell(tmp_path):
+    "The installed command in a process of its own: (exit code, stdout, stderr)."
+    def call(*args):
+        got = subprocess.run([Path(sys.executable).parent/"mdd_bench", *map(str, args)], capture_output=True, text=True, cwd=tmp_path)
         return got.returncode, got.stdout, got.stderr
     return call
 
-SMALL = dict(data="embedded-v1-smoke", size=64, backbone="resnet18", weights="random", layers=[1, 2], epochs=1)
+SMALL = dict(data="embedded-v1-smoke", classes=["gear", "tile"], size=64, backbone="resnet18", weights="random", layers=[1, 2], epochs=1)

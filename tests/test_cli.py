@@ -43,6 +43,10 @@ def test_bad_studies(cli, tmp_path, args):
     code, out, err = cli(*args, "--out", tmp_path/"out")
     assert code == 2 and err.strip().splitlines()[-1].startswith("error:") and "Traceback" not in err and not (tmp_path/"out").exists()
 
+def test_the_installed_command_ends_with_one_line_and_code_2(shell):
+    code, out, err = shell("run", "--detector", "mddnett")
+    assert code == 2 and err.startswith("error: unknown detector 'mddnett'") and err.count("\n") == 1 and not out
+
 def test_run_prints_the_record(cli, data, tmp_path):
     code, out, err = cli(*RUN, "--data", data, "--out", tmp_path/"out")
     assert code == 0 and "AUPRO" in out and "RANDOM" in out and (tmp_path/"out"/"runs").is_dir(), err
@@ -58,17 +62,17 @@ def test_detectors_and_help(cli):
     for args in ([], ["run"], ["sweep"], ["datasets"], ["detectors"]): code, out, _ = cli(*args, "--help"); assert code == 0 and "Usage" in out
     assert re.match(r"\d+\.\d+", cli("--version")[1])
 
-def test_plain_sweep_goes_on_after_a_failure_and_skips_what_is_done(cli, data, tmp_path):
+def test_plain_sweep_goes_on_after_a_failure_and_skips_what_is_done(shell, data, tmp_path):
     args = ["sweep", "benchmark", "--plain", "-p", f"data={data}", "-p", "detector=rd4ad", "-p", "size=72,64", "-p", "layers=1,2", "-p", "epochs=1", "-p", "seed=0", "--out", tmp_path]
-    code, out, err = cli(*args)
+    code, out, err = shell(*args)
     assert code == 1 and "FAILED rd4ad" in err and "multiple of 16" in err and "1 records" in out
     [record] = tmp_path.glob("benchmark/runs/*/record.json"); before = record.stat().st_mtime_ns
-    assert cli(*args)[0] == 1 and record.stat().st_mtime_ns == before
+    assert shell(*args)[0] == 1 and record.stat().st_mtime_ns == before
 
-def test_sweep_by_papermill(cli, tmp_path):
+def test_sweep_by_papermill(shell, tmp_path):
     "The demo's way, at smoke size: records with their notebooks, tables, pictures, the executed study."
     small = [x for k, v in SMALL.items() for x in ("-p", f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}")]
-    code, out, err = cli("sweep", "benchmark", *small, "-p", "seed=0", "--out", tmp_path)
+    code, out, err = shell("sweep", "benchmark", *small, "-p", "seed=0", "--out", tmp_path)
     folder = tmp_path/"benchmark"
     assert code == 0, err
     assert {p.name for p in folder.iterdir()} == {"benchmark.ipynb", "benchmark.md", "benchmark.csv", "benchmark_per_class.md", "benchmark_per_class.csv", "benchmark_bars.png", "benchmark_maps.png", "runs"}

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 import mdd_bench
+from ..detectors.detector import full_options
 from ..errors import SpecError, unknown
 from .run import prepare, read_progress
 from .spec import RunSpec, make_spec
@@ -133,6 +134,7 @@ def sweep(
 ) -> Swept:
     "Make the records that are missing, one after another; returns all of the study's records and what failed."
     specs, store, failures = study.specs(), Store(out), []
+    for s in specs: full_options(s.detector, s.options)     # a misspelt name is found before anything is read
     ids = [prepare(s).id for s in specs]
     todo = [(i, s) for i, s in dict(zip(ids, specs)).items() if not store.has(i)]
     store.runs.mkdir(parents=True, exist_ok=True)
