@@ -67,8 +67,11 @@ class Catalog:
         return self.table[keep].reset_index(drop=True)
 
     def counts(self) -> pd.DataFrame:
-        "Images per class: training, good test, then each kind of defect."
-        return self.table.assign(where=self.table.split + "/" + self.table.kind).groupby(["cls", "where"]).size().unstack(fill_value=0)
+        "Images per class: training, good test, anomalous test, and how many of each kind."
+        def of(t):
+            bad = t[(t.split == "test") & (t.kind != "good")]
+            return {"train": (t.split == "train").sum(), "test good": len(t[t.split == "test"]) - len(bad), "test anomalous": len(bad), "kinds": ", ".join(f"{k} {n}" for k, n in bad.kind.value_counts(sort=False).items())}
+        return pd.DataFrame({c: of(self.part(cls=c)) for c in self.classes}).T
 
 # %% ../../nbs/data/01_catalog.ipynb #7f733fca
 def read_catalog(
