@@ -92,7 +92,7 @@ def sweep(study: Annotated[str, typer.Argument(help="its name, e.g. benchmark")]
     import mdd_bench.running.sweep as sweeping
     chosen, folder = sweeping.load_study(study, **as_options(p)), out/study
     swept = sweeping.sweep(chosen, folder, plain, device=device, workers=workers, store_gb=store_gb)
-    if swept.records and not plain: sweeping.execute_study(chosen, folder)
+    if swept.records and not plain: print("making the table and the plots ...", file=sys.stderr, flush=True); sweeping.execute_study(chosen, folder)
     for table in sorted(folder.glob("*.md")): print(f"\n{table.read_text()}")
     for path in sorted(x for x in folder.iterdir() if x.is_file()): print(path)
     print(f"{len(swept.records)} records in {folder/'runs'}")
