@@ -102,7 +102,7 @@ def sweep(study: Annotated[str, typer.Argument(help="its name, e.g. benchmark")]
 # %% ../nbs/cli.ipynb #a515cc21
 def main(args: list[str] = None):
     "The entry point: an `MddBenchError` becomes one line on stderr and exit code 2."
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"      # without the line of code that it came from
+    warnings.formatwarning = lambda message, *_: "\r" + f"warning: {message}".ljust(100) + "\n"      # over a progress bar, without the line of code
     try: app(args, prog_name="mdd_bench")
     except MddBenchError as e: print(f"error: {e}", file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print("stopped; what is done is kept, start again to go on", file=sys.stderr); sys.exit(130)

@@ -161,6 +161,7 @@ def read_progress(
     folder: Path,
 ) -> tuple:  # (fraction done, stage)
     "How far another process is with a run; (0, 'starting') before it says anything."
+    if (folder/"record.json").is_file(): return 1., "recorded"
     try: stage, done, total = (folder/"progress").read_text().split()
     except (OSError, ValueError): return 0., "starting"
     low, high = SHARE[stage]
