@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test test-all notebooks lab clean check-notebooks
 demo: .venv/.installed
-	mdd_bench sweep benchmark
+	mdd_bench sweep benchmark --out results/demo
 
 test: .venv/.installed check-notebooks
 	OMP_NUM_THREADS=1 pytest -q -n 2 -m "not slow"

@@ -79,3 +79,8 @@ def test_sweep_by_papermill(shell, tmp_path):
     assert len(list(folder.glob("runs/*/run.ipynb"))) == 2 and not list(folder.rglob("*.part*"))
     assert "| rd4ad |" in out and "RANDOM" in out and str(folder/"benchmark_bars.png") in out
     assert "1/2" in err and "2/2" in err
+    for name in ("samples.npz", "history.csv", "run.ipynb"):                       # as in a clone: version control keeps records and scores
+        for p in folder.glob(f"runs/*/{name}"): p.unlink()
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/record.json")}
+    code, out, err = shell("sweep", "benchmark", *small, "-p", "seed=0", "--out", tmp_path)
+    assert code == 0 and "| rd4ad |" in out and {p: p.stat().st_mtime_ns for p in before} == before, err
