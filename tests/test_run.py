@@ -59,6 +59,13 @@ def test_identity_is_content_not_names(made, tmp_path):
     assert prepare(replace(spec, protocols=["exact"], skip_broken=True)).id == prepare(spec).id
     assert len({prepare(replace(spec, **v)).id for v in (dict(size=96), dict(epochs=2), dict(batch=8), dict(precision="bfloat16"), dict(layers=[1, 2, 3]), dict(classes=["gear"]))} | {prepare(spec).id}) == 7
 
+def test_a_changed_folder_is_noticed_in_the_same_process(tmp_path):
+    from mdd_bench.data.synthetic import write_embedded
+    root = write_embedded(tmp_path/"d", "smoke", classes=["gear"]); spec = make_spec(**SMALL | dict(data=str(root), classes=None), detector="rd4ad")
+    before = prepare(spec).id
+    (root/"gear/train/good/003.png").unlink()
+    assert prepare(spec).id != before
+
 def test_samples_follow_from_the_data_alone():
     table = prepare(make_spec(**SMALL, detector="rd4ad")).catalog.part(cls="gear", split="test")
     keep = sample_rows(table)
