@@ -1,5 +1,5 @@
 "The command line as people meet it: one line and exit code 2 for bad input, nothing half-written; sweeps that skip, go on and say what failed."
-import os, re, shutil
+import re, shutil
 import pytest
 from pathlib import Path
 from conftest import SMALL

@@ -1,6 +1,5 @@
 "Pyramids, decoders and detectors on several architectures; weights that do not fit; losses that fall."
 import pytest, torch
-from dataclasses import replace
 from safetensors.torch import save_file
 from mdd_bench.detectors.detector import create_detector, full_options, list_detectors
 from mdd_bench.errors import SpecError, WeightsError

@@ -23,7 +23,7 @@ from PIL import Image
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 from .catalog import cache_dir
-from ..errors import DataError, SpecError, unknown
+from ..errors import DataError, unknown
 
 # %% ../../nbs/data/02_synthetic.ipynb #9ef6bc61
 VERSION = "embedded-v1"

@@ -10,7 +10,6 @@ __all__ = ['Prediction', 'Recipe', 'Detector', 'register', 'detector_class', 'li
 import importlib, inspect, pkgutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-import torch
 from torch import Tensor, nn
 from ..errors import SpecError, unknown
 

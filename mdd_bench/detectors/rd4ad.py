@@ -6,7 +6,6 @@
 __all__ = ['RD4AD']
 
 # %% ../../nbs/detectors/21_rd4ad.ipynb #71fa15eb
-import torch
 from .detector import Detector, Prediction, Recipe, register
 from ..parts.decoders import Bottleneck, Decoder
 from ..parts.discrepancy import cosine_loss, discrepancy, fuse_levels

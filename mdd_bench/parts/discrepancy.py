@@ -6,7 +6,6 @@
 __all__ = ['discrepancy', 'cosine_loss', 'fuse_levels']
 
 # %% ../../nbs/parts/13_discrepancy.ipynb #5011b335
-import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/parts/13_discrepancy.ipynb #eb0e6643
