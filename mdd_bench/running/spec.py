@@ -29,7 +29,7 @@ class RunSpec:
     epochs: int | None = _field(None, "passes over the training images; none: the detector's recipe")
     batch: int | None = _field(None, "images per step; none: the detector's recipe")
     precision: str = _field("float32", "float32 | bfloat16")
-    protocols: list[str] = _field(["exact"], "how maps become numbers; no part of the identity")
+    protocols: list[str] = _field(["exact"], "how maps become numbers, names or 'a,b' (`mdd_bench protocols` lists them); no part of the identity")
 
 # %% ../../nbs/running/50a_spec.ipynb #ee9dc819
 def parse_value(text):

@@ -59,7 +59,7 @@ class Store:
     "Records below `<out>/runs/<id>/`."
     def __init__(self, out): self.runs = Path(out).expanduser()/"runs"
     def folder(self, id: str) -> Path: return self.runs/id
-    def has(self, id: str) -> bool: return (self.folder(id)/"record.json").is_file()
+    def has(self, id: str, protocols=()) -> bool: "Whether a record is complete, with these protocols."; return (self.folder(id)/"record.json").is_file() and set(protocols) <= set(self.load(id).metrics if protocols else ())
     def load(self, id: str) -> Record: return read_record(self.folder(id))
     def records(self) -> list[Record]: "All complete records, by id."; return [read_record(p.parent) for p in sorted(self.runs.glob("*/record.json"))]
 
