@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'KEYS', 'STRETCH', 'UNIT', 'WAITING', 'region_sizes', 'ord
            'to_numpy', 'on_gpu', 'rising', 'Scores', 'rate', 'area', 'auroc', 'aupro', 'precisions',
            'average_precision', 'f1max', 'fpr_at_tpr', 'finite', 'binary', 'checked', 'image_values', 'pixel_values',
            'with_mean', 'image_curve', 'UndefinedMetric', 'warn_undefined', 'starts', 'counted', 'summed', 'joined',
-           'Bins', 'stairs', 'binned_average_precision', 'pixel_bounds', 'Evaluator', 'mean_over_classes']
+           'coarser', 'Bins', 'stairs', 'binned_average_precision', 'pixel_bounds', 'Evaluator', 'mean_over_classes']
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #e64694c6
 import math, warnings
@@ -81,7 +81,11 @@ def curve(
     return Curve(join(shift(tp), tp, found), join(a[0] + g[0] - shift(tp), a[1] + g[1] - tp, a[2] + g[2] - found), join(*g), join(shift(overlap), overlap, overlap[-1:].sum()))
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #bd98c3cb
-def to_numpy(x): "An array of `x`; tensors are detached and brought to the CPU."; return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+def to_numpy(x):
+    "An array of `x`; tensors are detached and brought to the CPU, bfloat16 becomes float32."
+    if not hasattr(x, "detach"): return np.asarray(x)
+    return (x.float() if "bfloat16" in str(x.dtype) else x).detach().cpu().numpy()
+
 
 def on_gpu(x): "Whether `x` is a tensor on a GPU, where it then stays."; return getattr(x, "is_cuda", False)
 
@@ -192,8 +196,8 @@ def binary(name, x):
 # %% ../../nbs/evaluation/40_metrics.ipynb #b0e4acf5
 def checked(maps, scores, masks, labels):
     "The four inputs of `Evaluator.update`: float32 (maps on a GPU stay there), float64, bool, bool. ValueError for values or shapes that do not fit."
-    if not (on_gpu(maps) and maps.isfinite().all()): maps = finite("maps", maps, np.float32)
-    else: maps = maps.detach().float()
+    if on_gpu(maps) and (there := maps.detach().float()).isfinite().all(): maps = there
+    else: maps = finite("maps", maps, np.float32)
     scores, masks, labels = finite("scores", scores, np.float64), binary("masks", masks), binary("labels", labels)
     if maps.ndim != 3: raise ValueError(f"maps: shape {tuple(maps.shape)}, expected [B, H, W]")
     for name, x, shape in (("scores", scores, maps.shape[:1]), ("masks", masks, maps.shape), ("labels", labels, maps.shape[:1])):
@@ -276,18 +280,26 @@ def joined(
     return np.concatenate([k for k, _ in parts]), np.concatenate([v for _, v in parts], axis=1)
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #453e415a
-UNIT = 2**42         # a region in whole numbers: 2 million of them fit into 63 bits
+def coarser(tables, bits): "The tables with more bits dropped, if any."; return {k: summed(keys >> bits, values) for k, (keys, values) in tables.items()} if bits > 0 else tables
+
+UNIT = 2**42         # a region in whole numbers: a million of them fit into 63 bits
 WAITING = 2**23      # pixels that wait to be sorted into bins together
 
 class Bins:
     "At most `bins` distinct scores of a class, and how often each occurs (ours)."
     def __init__(self, bins):
-        self.bins, self.level, self.waiting = bins, 0, Scores()
+        self.bins, self.level, self.waiting, self.regions = bins, 0, Scores(), 0
         empty = lambda columns: (np.empty(0, np.int32), np.empty((columns, 0), np.int64))
         self.tables = dict(anomalous=empty(1), good=empty(1), defective=empty(2))
 
+    def room_for(self, regions):
+        "ValueError when there are more regions than whole numbers can count."
+        if self.regions + regions > 2**62//UNIT: raise ValueError(f"{self.regions + regions} regions: streaming counts at most {2**62//UNIT}, use mode='exact'")
+        self.regions += regions
+
     def add(self, *batch):
-        "As `Scores.add`."
+        "As `Scores.add`. ValueError for more than a million regions."
+        self.room_for(round((1/batch[3]).sum()))
         if sum(map(len, self.waiting.anomalous + self.waiting.good)) + math.prod(batch[0].shape) > WAITING: self.fold()
         self.waiting.add(*batch)
 
@@ -296,26 +308,24 @@ class Bins:
         if not self.waiting.anomalous: return
         waiting, self.waiting = vars(self.waiting), Scores()
         d, keys = rising(waiting.pop("defective"), np.int64), {k: rising(waiting.pop(k)) for k in list(waiting)}
-        for k in keys.values(): k >>= self.level
+        level = self.level
+        for k in keys.values(): k >>= level
         while (n := sum(np.count_nonzero(k[1:] != k[:-1]) for k in keys.values())) > self.bins:
             drop = math.ceil(math.log2(n/self.bins))            # one bit joins two bins at the most
-            self.level += drop
+            level += drop
             for k in keys.values(): k >>= drop
-        fresh = {k: counted(keys.pop(k)) for k in list(keys)}
-        weights = np.rint(UNIT/(d & 0xffffffff)).astype(np.int64)
-        self.join(self.level, fresh | dict(defective=summed((d >> 32 >> self.level).astype(np.int32), np.stack([np.ones_like(weights), weights]))))
+        fresh, weights = {k: counted(keys.pop(k)) for k in list(keys)}, np.rint(UNIT/(d & 0xffffffff)).astype(np.int64)
+        self.join(level, fresh | dict(defective=summed((d >> 32 >> level).astype(np.int32), np.stack([np.ones_like(weights), weights]))))
 
     def join(self, level, tables):
-        "Add the tables of another histogram of that level."
-        drop = lambda table, bits: summed(table[0] >> bits, table[1])
-        self.tables = {k: drop(t, max(0, level - self.level)) for k, t in self.tables.items()} if level > self.level else self.tables
-        tables = {k: drop(t, self.level - level) for k, t in tables.items()} if level < self.level else tables
-        self.level = max(level, self.level)
-        for k, t in tables.items(): self.tables[k] = joined(self.tables[k], t)
-        while sum(len(t[0]) for t in self.tables.values()) > self.bins: self.level += 1; self.tables = {k: drop(t, 1) for k, t in self.tables.items()}
-        if self.tables["defective"][1][1].sum(dtype=float) > 2.**62: raise ValueError("more than a million regions: streaming counts them in 63 bits; use mode='exact'")
+        "Add the tables of a histogram with `level` bits dropped."
+        mine, tables = coarser(self.tables, level - self.level), coarser(tables, self.level - level)
+        for k in mine: mine[k] = joined(mine[k], tables[k])
+        self.tables, self.level = mine, max(level, self.level)
+        while sum(len(keys) for keys, _ in self.tables.values()) > self.bins: self.level += 1; self.tables = coarser(self.tables, 1)
 
     def merge(self, other):
+        self.room_for(other.regions)
         other.fold(); self.fold()
         self.join(other.level, other.tables)
 
@@ -349,10 +359,10 @@ def binned_average_precision(c: Curve) -> tuple[float, float, float]:
 def pixel_bounds(c: Curve, fpr_limit=0.3) -> dict: # (low, high) of each metric
     "What the metrics can be, whatever the order within the bins (ours)."
     fpr, tpr, pro = rate(c.fp), rate(c.tp), rate(c.overlap)
-    at95 = 2*np.argmax(c.tp[1::2] >= .95*c.tp[-1])                       # the bin where the rate is reached
+    at95 = 2*np.searchsorted(c.tp[1::2], .95*c.tp[-1])                   # the bin where the rate is reached
     both = lambda fp: tuple(map(float, rate(fp)[at95:at95 + 2])) if c.tp[-1] else (np.nan, np.nan)
     best = 2*c.tp[1::2]/(c.tp[1::2] + c.fp[:-1:2] + c.tp[-1])
-    return {"P-AUROC": tuple(area(*stairs(fpr, tpr, up)) for up in (False, True)), "P-AP": binned_average_precision(c)[::2], "P-F1max": (f1max(c), float(max(best, default=np.nan))),
+    return {"P-AUROC": tuple(area(*stairs(fpr, tpr, up)) for up in (False, True)), "P-AP": binned_average_precision(c)[::2], "P-F1max": (f1max(c), float(best.max()) if len(best) else np.nan),
             "AUPRO": tuple(area(*stairs(fpr, pro, up), fpr_limit) for up in (False, True)), "P-FPR95": both(c.fp), "P-FPR95-good": both(c.fp_good)}
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #4fe802e4
@@ -415,9 +425,9 @@ class Evaluator:
         values = image_values(image) | pixel_values(pixel, self.fpr_limit)
         values = {k: (v, v) for k, v in values.items()} | (pixel_bounds(pixel, self.fpr_limit) if self.binned() else {})
         low, high = (with_mean({k: v[side] for k, v in values.items()}) for side in (0, 1))
-        whole = pixel.tp[-1]/max(1, pixel.overlap[-1])/UNIT               # 1/|R| is counted in whole numbers
-        rounding = {k: 0. if self.mode == "exact" else 1e-12 + whole*(k in ("AUPRO", "mAD")) for k in KEYS}
-        return {k: (max(0., low[k] - rounding[k]), min(1., high[k] + rounding[k])) for k in KEYS}
+        shares = pixel.tp[-1]*(1/max(1, pixel.overlap[-1])/UNIT + 2.**-52)         # the 1/|R|: whole numbers here, a long sum of floats in exact mode
+        rounding = {k: 0. if self.mode == "exact" else 1e-12 + shares*(k in ("AUPRO", "mAD")) for k in KEYS}
+        return {k: tuple(np.clip([low[k] - rounding[k], high[k] + rounding[k]], 0, 1).tolist()) for k in KEYS}
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #220efee6
 def mean_over_classes(
