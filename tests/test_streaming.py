@@ -61,10 +61,10 @@ def ordinary(n, size, seed=0):
 
 
 @contextlib.contextmanager
-def small(waiting=700, stretch=7):
-    "So little waits, and is joined at a time, that small data does it often."
+def small(**changes):
+    "Tables are joined in so short stretches that small data has many."
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(metrics, "WAITING", waiting); m.setattr(metrics, "STRETCH", stretch)
+        for k, v in (dict(STRETCH=7) | changes).items(): m.setattr(metrics, k, v)
         yield
 
 
@@ -125,7 +125,7 @@ def test_as_many_bins_as_fit_and_no_more(seed, kind, bins):
     def keys(x):
         bits = np.abs(x).view(np.int32)
         return np.where(x < 0, ~bits, bits)
-    with small():
+    with small(WAITING=0):                                 # nothing is kept as it is
         for maps, scores, masks, labels in batches:
             k, bad = keys(maps.astype(np.float32)), labels | masks.any((1, 2))
             seen = [np.append(a, b) for a, b in zip(seen, (k[bad], k[~bad], k[masks]))]
@@ -195,10 +195,11 @@ def test_bad_arguments_are_named(bad):
 def test_error_on_ordinary_maps():
     batch, widths = ordinary(30, 128), []
     want = judge([batch]).compute()
-    for bins in (2**k for k in range(10, 20)):
-        e = judge([batch], "streaming", bins=bins)
-        widths.append(half_width(e))
-        if bins == 2**17: assert max(abs(e.compute()[k] - want[k]) for k in METRICS) < 2e-6 and widths[-1] < 8e-5
+    with small(WAITING=0, STRETCH=2**17):                                   # nothing is kept as it is
+        for bins in (2**k for k in range(10, 20)):
+            e = judge([batch], "streaming", bins=bins)
+            widths.append(half_width(e))
+            if bins == 2**17: assert max(abs(e.compute()[k] - want[k]) for k in METRICS) < 2e-6 and widths[-1] < 8e-5
     assert widths[0] < .02 and (np.diff(widths) < 0).all() and not e.binned() and widths[-1] < 1e-9
 
 
@@ -206,9 +207,11 @@ def test_error_on_ordinary_maps():
 def test_error_on_a_real_size():
     batch = ordinary(100, 256)
     want = judge([batch]).compute()
-    for bins, width in (2**20, 1e-5), (2**22, 1e-6):
-        e = judge([batch], "streaming", bins=bins)
-        assert max(abs(e.compute()[k] - want[k]) for k in METRICS) < 1e-6 and 0 < half_width(e) < width and e.binned()
+    assert judge([batch], "streaming").compute() == want                    # 6.5 million pixels wait, and lose nothing
+    with small(WAITING=1, STRETCH=2**17):
+        for bins, width in (2**20, 1e-5), (2**22, 1e-6):
+            e = judge([batch], "streaming", bins=bins)
+            assert max(abs(e.compute()[k] - want[k]) for k in METRICS) < 1e-6 and 0 < half_width(e) < width and e.binned()
 
 
 @pytest.mark.parametrize("side", [3, 5, 7])
@@ -225,7 +228,7 @@ def peak(updates, mode):
     "The most memory that updates, merging and computing take."
     batch = ordinary(4, 32)
     rng = np.random.default_rng(0)
-    with small(waiting=2**14, stretch=64):
+    with small(STRETCH=64):
         e, other = Evaluator(mode, bins=512), Evaluator(mode, bins=512)
         tracemalloc.start()
         try:

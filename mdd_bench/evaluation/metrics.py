@@ -21,10 +21,13 @@ def region_sizes(
     masks,  # bool [B, H, W]: defective pixels
 ):          # int64 [number of defective pixels], in the order of masks.ravel()
     "The size of the 8-connected region to which each defective pixel belongs (paper: MVTec AD; 8-connectivity as in its official code)."
-    within_image = np.zeros((3, 3, 3), int)
-    within_image[1] = 1
-    masks = masks[masks.any((1, 2))]
-    regions = label(masks, within_image)[0][masks]
+    n, h, w = masks.shape
+    rows = np.zeros((n, h + 1, w), bool)                            # all images below each other, a blank row after each
+    rows[:, :h] = masks
+    used = rows.any(2).ravel()
+    used[1:] |= used[:-1]                                           # rows with a defect, and the blank one that ends each stretch of them
+    rows = rows.reshape(-1, w)[used]
+    regions = label(rows, np.ones((3, 3)))[0][rows]
     return np.bincount(regions)[regions]
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #8a34a86c
@@ -61,10 +64,10 @@ def above(
 ):                # how many lie above t [n], at or above t [n], and how many there are
     "Counts by binary search (ours)."
     upto = np.searchsorted(keys, t, "left")
-    if counts is None: return len(keys) - np.searchsorted(keys, t, "right"), len(keys) - upto, len(keys)
-    below = np.append(0, np.cumsum(counts))
     after = upto + (keys.take(upto, mode="clip") == t) if len(keys) else upto
-    return below[-1] - below[after], below[-1] - below[upto], below[-1]
+    if counts is not None: below = np.append(0, np.cumsum(counts)); return below[-1] - below[after], below[-1] - below[upto], below[-1]
+    if len(keys): tied = keys.take(after, mode="clip") == t; after[tied] = np.searchsorted(keys, t[tied], "right")      # few, where scores hardly tie
+    return len(keys) - after, len(keys) - upto, len(keys)
 
 
 def curve(
@@ -175,7 +178,7 @@ def fpr_at_tpr(
     tpr=0.95,  # the share that must be found
 ) -> float:    # in [0, 1]
     "The false-positive rate at the highest threshold that finds a share `tpr` (ours: no interpolation)."
-    return float(rate(fp)[np.argmax(rate(tp) >= tpr)]) if tp[-1] else np.nan
+    return float(fp[np.searchsorted(tp/tp[-1], tpr)]/fp[-1]) if tp[-1] and fp[-1] else np.nan
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #cc132df3
 def finite(name, x, dtype):
@@ -282,26 +285,29 @@ def joined(
 # %% ../../nbs/evaluation/40_metrics.ipynb #453e415a
 def coarser(tables, bits): "The tables with more bits dropped, if any."; return {k: summed(keys >> bits, values) for k, (keys, values) in tables.items()} if bits > 0 else tables
 
-UNIT = 2**42         # a region in whole numbers: a million of them fit into 63 bits
-WAITING = 2**23      # pixels that wait to be sorted into bins together
+UNIT = 2**42     # a region in whole numbers: a million of them fit into 63 bits
+WAITING = 8      # pixels per bin that wait to be sorted into bins together
 
 class Bins:
-    "At most `bins` distinct scores of a class, and how often each occurs (ours)."
+    "All scores of a class while they are few, then at most `bins` distinct ones and how often each occurs (ours)."
     def __init__(self, bins):
-        self.bins, self.level, self.waiting, self.regions = bins, 0, Scores(), 0
+        self.bins, self.level, self.pixels, self.regions, self.waiting = bins, 0, 0, 0, Scores()
         empty = lambda columns: (np.empty(0, np.int32), np.empty((columns, 0), np.int64))
         self.tables = dict(anomalous=empty(1), good=empty(1), defective=empty(2))
 
-    def room_for(self, regions):
+    def count(self, pixels, regions):
         "ValueError when there are more regions than whole numbers can count."
         if self.regions + regions > 2**62//UNIT: raise ValueError(f"{self.regions + regions} regions: streaming counts at most {2**62//UNIT}, use mode='exact'")
-        self.regions += regions
+        self.pixels += pixels; self.regions += regions
 
-    def add(self, *batch):
+    def add(self, keys, has_defect, at, sizes):
         "As `Scores.add`. ValueError for more than a million regions."
-        self.room_for(round((1/batch[3]).sum()))
-        if sum(map(len, self.waiting.anomalous + self.waiting.good)) + math.prod(batch[0].shape) > WAITING: self.fold()
-        self.waiting.add(*batch)
+        n = math.prod(keys.shape)
+        self.count(n, round((1/sizes).sum()))
+        if self.full(n): self.fold()
+        self.waiting.add(keys, has_defect, at, sizes)
+
+    def full(self, more=0): "Whether no more pixels can wait."; return sum(map(len, self.waiting.anomalous + self.waiting.good)) + more > WAITING*self.bins
 
     def fold(self):
         "Sort what waits into the bins."
@@ -319,18 +325,20 @@ class Bins:
 
     def join(self, level, tables):
         "Add the tables of a histogram with `level` bits dropped."
-        mine, tables = coarser(self.tables, level - self.level), coarser(tables, self.level - level)
-        for k in mine: mine[k] = joined(mine[k], tables[k])
-        self.tables, self.level = mine, max(level, self.level)
+        self.tables, tables = coarser(self.tables, level - self.level), coarser(tables, self.level - level)
+        self.level = max(level, self.level)
+        for k, t in tables.items(): self.tables[k] = joined(self.tables[k], t)
         while sum(len(keys) for keys, _ in self.tables.values()) > self.bins: self.level += 1; self.tables = coarser(self.tables, 1)
 
     def merge(self, other):
-        self.room_for(other.regions)
-        other.fold(); self.fold()
+        self.count(other.pixels, other.regions)
+        self.waiting.merge(other.waiting)
         self.join(other.level, other.tables)
+        if self.full(): self.fold()
 
     def curve(self):
-        "At the bins with a defective pixel."
+        "At every distinct score of a defective pixel, or at the bins with one."
+        if self.pixels <= WAITING*self.bins: return self.waiting.curve()
         self.fold()
         pair = lambda k: (self.tables[k][0], self.tables[k][1][0])
         t, (n, weight) = self.tables["defective"]
