@@ -430,7 +430,7 @@ class Evaluator:
     def bounds(self) -> dict[str, tuple[float, float]]: # (low, high) of each metric of `compute`
         "Between which the exact values lie; where nothing was joined, that is the value twice. ValueError when nothing was added."
         image, pixel = self.curves()
-        values = image_values(image) | pixel_values(pixel, self.fpr_limit)
+        values = image_values(image) | self.pixel_values(pixel)
         values = {k: (v, v) for k, v in values.items()} | (pixel_bounds(pixel, self.fpr_limit) if self.binned() else {})
         low, high = (with_mean({k: v[side] for k, v in values.items()}) for side in (0, 1))
         shares = pixel.tp[-1]*(1/max(1, pixel.overlap[-1])/UNIT + 2.**-52)         # the 1/|R|: whole numbers here, a long sum of floats in exact mode

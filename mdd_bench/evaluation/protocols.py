@@ -134,8 +134,11 @@ class Linear(Habit):
 class Quantiles(Habit):
     "AUPRO from 100 thresholds at equal ranks of the normal pixels (released code: MVTec 3D-AD; that of MVTec AD takes every score)."
     def changed(self, c):
-        fp = np.linspace(0, max(0, c.fp[-1] - 1), 100).astype(int)         # the threshold is the normal score below which this many lie higher
-        return {"AUPRO": area(fp/max(1, c.fp[-1]), rate(c.overlap)[np.searchsorted(c.fp, fp, "right") - 1], self.fpr_limit)} if c.fp[-1] else {}
+        if not (c.fp[-1] and c.tp[-1]): return {}                             # undefined, as in exact
+        n = c.fp[-1] - 1
+        fp = n - np.linspace(n, 0, 100).astype(int)                          # so many normal scores lie higher than the threshold
+        x, y = fp/c.fp[-1], np.append(0, rate(c.overlap))[np.searchsorted(c.fp, fp, "right")]
+        return {"AUPRO": area(np.append(x, 1), np.append(y, 1), self.fpr_limit)}
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #636d6de3
 class Bins50(Habit):
@@ -267,7 +270,10 @@ class Judge:
         if not len(maps) == len(masks) == len(labels) == len(kinds): raise ValueError(f"maps, masks, labels, kinds: {len(maps)}, {len(masks)}, {len(labels)}, {len(kinds)} images, expected equal numbers")
         if lost := [i for i, m in enumerate(masks) if m is None and labels[i]]: raise DataError(f"image {lost[0]} is anomalous and has no mask ({len(lost)} such)", "add the masks, or leave these images out")
         if wrong := [i for i, k in enumerate(kinds) if (k != "good") != labels[i]]: raise ValueError(f"kinds: image {wrong[0]} is {kinds[wrong[0]]!r}, but its label is {labels[wrong[0]]}")
-        if own_scores is not None and len(own_scores) != len(maps): raise ValueError(f"own_scores: {len(own_scores)} for {len(maps)} maps")
+        masks = [m if m is None else binary("mask", m) for m in masks]
+        if flat := [m.shape for m in masks if m is not None and m.ndim != 2]: raise ValueError(f"mask: shape {flat[0]}, expected [H, W]")
+        if own_scores is not None: own_scores = finite("own_scores", own_scores, np.float64)
+        if own_scores is not None and own_scores.shape != (len(maps),): raise ValueError(f"own_scores: shape {own_scores.shape} for {len(maps)} maps")
         sizes = [self.size(m, maps) for m in masks]
         scores = np.zeros(len(maps))
         for size in dict.fromkeys(sizes):
