@@ -1,4 +1,4 @@
-# make demo | test | test-all | notebooks | lab | clean     PYTHON=python3.12 chooses the interpreter of a new environment
+# make demo | test | test-all | notebooks | peers | lab | clean     PYTHON=python3.12 chooses the interpreter of a new environment
 PYTHON ?= python3
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all notebooks lab clean check-notebooks
+.PHONY: demo test test-all notebooks peers lab clean check-notebooks
 demo: .venv/.installed
 	mdd_bench sweep benchmark --out results/demo
 
@@ -24,6 +24,11 @@ check-notebooks: .venv/.installed
 notebooks: .venv/.installed
 	nbdev_export
 	python tests/notebooks.py
+
+# What the study `speed` is compared with, in an environment of its own, several gigabytes; adeval uses np.trapz, which numpy 2.4 has no longer.
+peers:
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check 'anomalib>=2.7,<3' 'adeval>=1.1,<2' 'numpy<2.4'
 
 lab: .venv/.installed
 	jupyter lab nbs

@@ -19,7 +19,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     packages=[*setuptools.find_packages(include=[lib, lib + ".*"]), studies],
     package_dir={studies: "nbs/studies"},
-    package_data={lib: ["*.csv", "*.safetensors"], studies: ["*.yaml", "*.ipynb"]},
+    package_data={lib: ["*.csv", "*.safetensors"], studies: ["*.yaml", "*.ipynb", "*.py"]},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={"dev": shlex.split(cfg["dev_requirements"])},
     entry_points={"nbdev": [f"{lib}={lib}._modidx:d"], "console_scripts": shlex.split(cfg["console_scripts"])},

@@ -91,3 +91,12 @@ def test_maps_are_not_held(made, tmp_path, monkeypatch):
             assert len(held) <= 2                               # the batch in hand, and the one before
     monkeypatch.setattr(running, "predictions", watched)
     run(replace(made[0], batch=2), tmp_path)
+
+def test_a_sweep_scores_again_without_training(tmp_path, cli):
+    args = ["sweep", "benchmark", "--plain", "-p", "detector=rd4ad", "-p", "seed=0", *(x for k, v in SMALL.items() for x in ("-p", f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}"))]
+    assert cli(*args, "--keep-model")[0] == 0
+    first = Store(tmp_path/"results"/"benchmark").records()[0]
+    code, out, err = cli(*args, "-p", "protocols=exact,ader")
+    second = Store(tmp_path/"results"/"benchmark").load(first.id)
+    assert code == 0 and "done" in err and list(second.metrics) == ["exact", "ader"] and second.cost == first.cost      # not trained again
+    assert "1/1" not in cli(*args, "-p", "protocols=ader")[2]

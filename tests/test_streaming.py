@@ -70,17 +70,18 @@ def small(**changes):
 
 results = lambda e: repr((e.compute(), e.bounds()))      # bit for bit; nan is nan
 half_width = lambda e: max((high - low)/2 for k, (low, high) in e.bounds().items() if k in METRICS)
-kinds, seeds, fewbins, limits = st.sampled_from(list(KINDS)), st.integers(0, 2**32), st.integers(16, 500), st.floats(1e-4, 1)
+kinds, seeds, fewbins, limits, waits = st.sampled_from(list(KINDS)), st.integers(0, 2**32), st.integers(16, 500), st.floats(1e-4, 1), st.sampled_from([0, 1, metrics.WAITING])
 often = settings(deadline=None, max_examples=200)
 
 
 @often
-@given(seeds, kinds, fewbins, limits)
-def test_bounds_contain_the_exact_value(seed, kind, bins, limit):
+@given(seeds, kinds, fewbins, limits, waits)
+def test_bounds_contain_the_exact_value(seed, kind, bins, limit, waiting):
     batches = drawn(seed, kind)
     exact = judge(batches, "exact", limit)
-    with small(): e = judge(batches, "streaming", limit, bins)
-    want, got, bounds = exact.compute(), e.compute(), e.bounds()
+    with small(WAITING=waiting):
+        e = judge(batches, "streaming", limit, bins)
+        want, got, bounds = exact.compute(), e.compute(), e.bounds()
     np.testing.assert_equal(exact.bounds(), {k: (v, v) for k, v in want.items()})
     assert tuple(bounds) == tuple(got) == KEYS
     for k, (low, high) in bounds.items():
@@ -93,8 +94,9 @@ def test_bounds_contain_the_exact_value(seed, kind, bins, limit):
 @given(seeds, st.sampled_from(["negative", "cosine", "both signs"]), fewbins, limits)
 def test_bounds_are_reached(seed, kind, bins, limit):
     batches = drawn(seed, kind, "blobs")
-    e = judge(batches, "streaming", limit, bins)
-    bounds, drop = e.bounds(), (1 << e.pixels.level) - 1
+    with small(WAITING=0):
+        e = judge(batches, "streaming", limit, bins)
+        bounds, drop = e.bounds(), (1 << e.pixels.level) - 1
     def worst(maps, first):
         "The order within each bin that puts defective pixels first, or last."
         bits = np.abs(maps).view(np.int32)
@@ -110,12 +112,12 @@ def test_bounds_are_reached(seed, kind, bins, limit):
 @often
 @given(seeds, kinds, limits)
 def test_more_bins_lie_within(seed, kind, limit):
-    batches = drawn(seed, kind)
-    wider = judge(batches, "streaming", limit, 16).bounds()
-    for bins in (50, 200, 1000, 2**16):
-        finer = judge(batches, "streaming", limit, bins).bounds()
-        assert all(np.isnan(a) or a - 1e-11 <= c <= d <= b + 1e-11 for (a, b), (c, d) in zip(wider.values(), finer.values()))
-        wider = finer
+    batches, wider = drawn(seed, kind), {}
+    with small(WAITING=0):
+        for bins in (16, 50, 200, 1000, 2**16):
+            finer = judge(batches, "streaming", limit, bins).bounds()
+            assert all(np.isnan(a) or a - 1e-11 <= c <= d <= b + 1e-11 for (a, b), (c, d) in zip(wider.values(), finer.values()))
+            wider = finer
 
 
 @often
@@ -134,17 +136,18 @@ def test_as_many_bins_as_fit_and_no_more(seed, kind, bins):
         e.compute()
     kept = lambda level: sum(len(np.unique(x >> level)) for x in seen)
     assert e.pixels.level == next(l for l in range(32) if kept(l) <= bins)
-    assert sum(len(t) for t, _ in e.pixels.tables.values()) == kept(e.pixels.level)
+    for x, name in zip(seen, ("anomalous", "good", "defective")):
+        for want, got in zip(np.unique(x >> e.pixels.level, return_counts=True), (e.pixels.tables[name][0], e.pixels.tables[name][1][0])): np.testing.assert_array_equal(got, want)
 
 
 @often
-@given(seeds, kinds, fewbins, st.sampled_from(MODES))
-def test_merge_in_any_order_grouping_and_split(seed, kind, bins, mode):
+@given(seeds, kinds, fewbins, st.sampled_from(MODES), waits)
+def test_merge_in_any_order_grouping_and_split(seed, kind, bins, mode, waiting):
     batches, rng = drawn(seed, kind), np.random.default_rng(seed)
-    want = results(judge(batches, mode, bins=bins))
     pieces = [tuple(x[i:i+n] for x in b) for b in batches for n in [rng.integers(1, 4)] for i in range(0, len(b[0]) + 1, n)]   # some of no image
     pieces = [pieces[i] for i in rng.permutation(len(pieces))]
-    with small():
+    with small(WAITING=waiting):
+        want = results(judge(batches, mode, bins=bins))
         workers = [judge(pieces[i::n], mode, bins=bins) for n in [rng.integers(1, 6)] for i in range(n)]   # some may see nothing
         while len(workers) > 1:
             rng.shuffle(workers)
@@ -165,6 +168,9 @@ def test_merge_leaves_the_other_usable(mode):
     assert results(b) == results(alone) and results(a) == after
     a.update(*more)
     assert results(a) == results(judge([mine, yours, more], mode, bins=300)) and results(b) == results(alone)
+    empty = Evaluator(mode, bins=300).merge(b)
+    empty.update(*mine)
+    assert results(empty) == results(judge([yours, more, mine], mode, bins=300)) and results(b) == results(alone)
     assert results(b.merge(b)) == results(judge([yours, more]*2, mode, bins=300))
 
 
@@ -290,18 +296,18 @@ def device(request, monkeypatch):
 def test_tensors_count_as_arrays(device, change, mode):
     batches = [(change(torch.from_numpy(m.astype(np.float32)).to(device)), *b) for m, *b in drawn(3, "negative") + drawn(1, "zeros")]
     arrays, kw = [(m.detach().float().cpu().numpy(), *b) for m, *b in batches], dict(mode=mode, bins=300)
-    want = results(judge(arrays, **kw))
-    with small():
+    with small(WAITING=1):
+        want = results(judge(arrays, **kw))
         assert results(judge([[torch.as_tensor(x, device=device) for x in b] for b in batches], **kw)) == want
         assert results(judge(batches[::2] + arrays[1::2], **kw)) == results(judge(arrays[1::2], **kw).merge(judge(batches[::2], **kw))) == want
 
 
 @settings(often, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seeds, kinds, st.sampled_from(MODES))
-def test_tensors_of_any_scores(device, seed, kind, mode):
+@given(seeds, kinds, st.sampled_from(MODES), waits)
+def test_tensors_of_any_scores(device, seed, kind, mode, waiting):
     arrays = drawn(seed, kind)
     tensors = [(torch.from_numpy(b[0]).to(device), *b[1:]) for b in arrays]
-    assert results(judge(tensors, mode, bins=100)) == results(judge(arrays, mode, bins=100))
+    with small(WAITING=waiting): assert results(judge(tensors, mode, bins=100)) == results(judge(arrays, mode, bins=100))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -239,8 +239,8 @@ def warn_undefined(values, image, pixel):
     "Warn (`UndefinedMetric`) about the metrics that are nan, and say what is missing."
     undefined = [k for k, v in values.items() if np.isnan(v)]
     counts = {"anomalous image": image.tp, "normal image": image.fp, "anomalous pixel": pixel.tp, "normal pixel": pixel.fp, "pixel of a good image": pixel.fp_good}
-    absent = [k for k, n in counts.items() if not n[-1]]
-    if undefined: warnings.warn(f"no {', no '.join(absent)}: nan for {', '.join(undefined)}", UndefinedMetric, stacklevel=3)
+    absent = [f"no {k}" for k, n in counts.items() if not n[-1]] or ["too few thresholds"]
+    if undefined: warnings.warn(f"{', '.join(absent)}: nan for {', '.join(undefined)}", UndefinedMetric, stacklevel=3)
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #a98f23ae
 STRETCH = 2**17

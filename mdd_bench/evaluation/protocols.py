@@ -136,7 +136,7 @@ class Quantiles(Habit):
     def changed(self, c):
         if not (c.fp[-1] and c.tp[-1]): return {}                             # undefined, as in exact
         n = c.fp[-1] - 1
-        fp = n - np.linspace(n, 0, 100).astype(int)                          # so many normal scores lie higher than the threshold
+        fp = n - np.linspace(0, n, 100).astype(int)[::-1]                    # so many normal scores lie higher than the threshold
         x, y = fp/c.fp[-1], np.append(0, rate(c.overlap))[np.searchsorted(c.fp, fp, "right")]
         return {"AUPRO": area(np.append(x, 1), np.append(y, 1), self.fpr_limit)}
 
@@ -145,11 +145,12 @@ class Bins50(Habit):
     "P-AUROC, P-AP and AUPRO from 50 bins of equal width, by trapezoids; P-F1max of 21 thresholds (released code: ADer with adeval)."
     def changed(self, c):
         low, high = self.span()
+        if low == high: return dict.fromkeys(("P-AUROC", "P-AP", "AUPRO", "P-F1max"), np.nan)
         c = counts_above(self.pixels, (np.linspace(0, 1, 51)*(high - low) + low)[::-1], at_or_above=True)
         x, y, pro = (rate(v)[:-1] for v in (c.fp, c.tp, c.overlap))
         precision = np.where(c.tp + c.fp > 0, precisions(c), 1)[:-1]
         few = counts_above(self.pixels, (np.arange(0, 1.001, .05)*(high - low) + low)[::-1])
-        return {"P-AUROC": float(trapezoid(y, x)), "P-AP": float(trapezoid(precision, y)), "AUPRO": area(x, pro, self.fpr_limit), "P-F1max": f1max(few)}
+        return {"P-AUROC": float(trapezoid(y, x)), "P-AP": float(trapezoid(precision, y)), "AUPRO": area(x, pro, self.fpr_limit) - x[0]*pro[0]/2/self.fpr_limit, "P-F1max": f1max(few)}   # adeval starts at the first edge, not at (0, 0)
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #a5898c09
 class PerImage(Linear):
@@ -225,7 +226,8 @@ class Protocol:
         mode="exact",  # of the evaluator: exact | streaming; habits are exact
     ) -> Evaluator:
         "An evaluator that counts by this protocol."
-        return Evaluator(mode, self.fpr_limit) if self.pixels == "exact" else PIXEL_RULES[self.pixels](self.fpr_limit)
+        plain = Evaluator(mode, self.fpr_limit)
+        return plain if self.pixels == "exact" else PIXEL_RULES[self.pixels](self.fpr_limit)
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #27bdbd97
 PROTOCOLS = {p.name: p for p in (
