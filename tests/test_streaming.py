@@ -231,15 +231,16 @@ def test_bounds_contain_the_exact_value_of_millions_of_pixels(side):
 
 
 def peak(updates, mode):
-    "The most memory that updates, merging and computing take."
-    batch = ordinary(4, 32)
-    rng = np.random.default_rng(0)
+    "The most memory that updates, workers' results and computing take."
+    (maps, *rest), rng = ordinary(4, 32), np.random.default_rng(0)
     with small(STRETCH=64):
-        e, other = Evaluator(mode, bins=512), Evaluator(mode, bins=512)
+        e = Evaluator(mode, bins=512)
         tracemalloc.start()
         try:
-            for i in range(updates): (e, other)[i % 2].update(batch[0] + rng.normal(size=batch[0].shape).astype(np.float32), *batch[1:])
-            e.merge(other).compute()
+            for i in range(updates):
+                one = maps + rng.normal(size=maps.shape).astype(np.float32), *rest
+                e.update(*one) if 2*i < updates else e.merge(judge([one], mode, bins=512))
+            e.compute()
             return tracemalloc.get_traced_memory()[1]
         finally: tracemalloc.stop()
 

@@ -11,6 +11,7 @@ __all__ = ['METRICS', 'KEYS', 'STRETCH', 'UNIT', 'WAITING', 'region_sizes', 'ord
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #e64694c6
 import math, warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ def region_sizes(
     masks,  # bool [B, H, W]: defective pixels
 ):          # int64 [number of defective pixels], in the order of masks.ravel()
     "The size of the 8-connected region to which each defective pixel belongs (paper: MVTec AD; 8-connectivity as in its official code)."
+    if not masks.any(): return np.zeros(0, int)
     n, h, w = masks.shape
     rows = np.zeros((n, h + 1, w), bool)                            # all images below each other, a blank row after each
     rows[:, :h] = masks
@@ -74,13 +76,12 @@ def curve(
     t,          # [n] distinct scores of defective pixels, falling
     tp,         # [n] defective pixels at or above t
     overlap,    # [n] the sum over regions of the share found
-    anomalous,  # the rest of `above` for all pixels of anomalous images, defective ones included
-    good,       # the same for good images
+    a, g,       # `above` of t for all pixels of anomalous images, defective ones included, and of good images
 ) -> Curve:     # of 2n + 1 points
     "The counts before and after each threshold (ours)."
     join = lambda before, after, total: np.append(np.stack([before, after], 1).ravel(), total)
     shift = lambda x: np.append(0, x[:-1])[:len(x)]
-    a, g, found = above(t, *anomalous), above(t, *good), tp[-1:].sum()
+    found = tp[-1:].sum()
     return Curve(join(shift(tp), tp, found), join(a[0] + g[0] - shift(tp), a[1] + g[1] - tp, a[2] + g[2] - found), join(*g), join(shift(overlap), overlap, overlap[-1:].sum()))
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #bd98c3cb
@@ -125,7 +126,8 @@ class Scores:
         d = rising(self.defective, np.int64)[::-1]
         t, share = (d >> 32).astype(np.int32), np.cumsum(1/(d & 0xffffffff))
         last = np.flatnonzero(np.append(t[1:] != t[:-1], True)[:len(t)])
-        return curve(t[last], last + 1, share[last], (rising(self.anomalous),), (rising(self.good),))
+        t = t[last]
+        with ThreadPoolExecutor(2) as pool: return curve(t, last + 1, share[last], *pool.map(lambda parts: above(t, rising(parts)), (self.anomalous, self.good)))   # NumPy sorts side by side
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #f2438cd0
 def rate(counts):
@@ -229,7 +231,8 @@ def with_mean(values: dict) -> dict:
 def image_curve(scores, labels) -> Curve:
     "The curve of images: scores [B], labels bool [B]."
     t, n = np.unique(scores[labels], return_counts=True)
-    return curve(t[::-1], np.cumsum(n[::-1]), np.cumsum(n[::-1]), (np.sort(scores[labels]),), (np.sort(scores[~labels]),))
+    t, n = t[::-1], np.cumsum(n[::-1])
+    return curve(t, n, n, above(t, np.sort(scores[labels])), above(t, np.sort(scores[~labels])))
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #442035b4
 class UndefinedMetric(UserWarning): "A metric is nan, because the images or pixels that it needs are missing."
@@ -291,7 +294,7 @@ WAITING = 8      # pixels per bin that wait to be sorted into bins together
 class Bins:
     "All scores of a class while they are few, then at most `bins` distinct ones and how often each occurs (ours)."
     def __init__(self, bins):
-        self.bins, self.level, self.pixels, self.regions, self.waiting = bins, 0, 0, 0, Scores()
+        self.bins, self.level, self.pixels, self.regions, self.held, self.waiting = bins, 0, 0, 0, 0, Scores()
         empty = lambda columns: (np.empty(0, np.int32), np.empty((columns, 0), np.int64))
         self.tables = dict(anomalous=empty(1), good=empty(1), defective=empty(2))
 
@@ -304,15 +307,14 @@ class Bins:
         "As `Scores.add`. ValueError for more than a million regions."
         n = math.prod(keys.shape)
         self.count(n, round((1/sizes).sum()))
-        if self.full(n): self.fold()
+        if self.held + n > WAITING*self.bins: self.fold()
         self.waiting.add(keys, has_defect, at, sizes)
-
-    def full(self, more=0): "Whether no more pixels can wait."; return sum(map(len, self.waiting.anomalous + self.waiting.good)) + more > WAITING*self.bins
+        self.held += n
 
     def fold(self):
         "Sort what waits into the bins."
         if not self.waiting.anomalous: return
-        waiting, self.waiting = vars(self.waiting), Scores()
+        waiting, self.waiting, self.held = vars(self.waiting), Scores(), 0
         d, keys = rising(waiting.pop("defective"), np.int64), {k: rising(waiting.pop(k)) for k in list(waiting)}
         level = self.level
         for k in keys.values(): k >>= level
@@ -334,15 +336,16 @@ class Bins:
         self.count(other.pixels, other.regions)
         self.waiting.merge(other.waiting)
         self.join(other.level, other.tables)
-        if self.full(): self.fold()
+        self.held += other.held
+        if self.held > WAITING*self.bins: self.fold()
 
     def curve(self):
         "At every distinct score of a defective pixel, or at the bins with one."
         if self.pixels <= WAITING*self.bins: return self.waiting.curve()
         self.fold()
-        pair = lambda k: (self.tables[k][0], self.tables[k][1][0])
         t, (n, weight) = self.tables["defective"]
-        return curve(t[::-1], np.cumsum(n[::-1]), np.cumsum(weight[::-1])/UNIT, pair("anomalous"), pair("good"))
+        counts = lambda k: above(t[::-1], self.tables[k][0], self.tables[k][1][0])
+        return curve(t[::-1], np.cumsum(n[::-1]), np.cumsum(weight[::-1])/UNIT, counts("anomalous"), counts("good"))
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #0ff1d152
 def stairs(
