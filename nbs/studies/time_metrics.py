@@ -1,6 +1,6 @@
 """Times one way to compute the metrics of saved maps and prints one line of JSON.
 
-python time_metrics.py CONTESTANT maps.npz --repeats 5     scikit-learn | anomalib | adeval | exact | streaming
+python time_metrics.py CONTESTANT maps.npz --repeats 5     scikit-learn | anomalib | adeval | exact | streaming | binned
 python time_metrics.py CONTESTANT maps.npz --memory 2000   exact | streaming: peak memory instead of time
 
 maps.npz: maps float32 [N, H, W], scores [N], masks bool [N, H, W], labels bool [N]. anomalib and adeval have an environment of their own, so
@@ -49,18 +49,19 @@ def adeval(maps, scores, masks, labels):
         return {"I-AUROC": s["i_auroc"], "I-AP": s["i_aupr"], "P-AUROC": s["p_auroc"], "P-AP": s["p_aupr"], "AUPRO": s["p_aupro"]}, dict
     return once
 
-def ours(mode):
+def ours(*how):
     def prepare(maps, scores, masks, labels):
         from mdd_bench.evaluation.metrics import Evaluator
         def once():
-            e = Evaluator(mode)
+            e = Evaluator(*how)
             for b in batches(len(maps)): e.update(maps[b], scores[b], masks[b], labels[b])
             return e.compute(), e.bounds
         return once
     return prepare
 
 CONTESTANTS = {"scikit-learn": (scikit_learn, ("scikit-learn", "numpy")), "anomalib": (anomalib, ("anomalib", "torch")), "adeval": (adeval, ("adeval", "numpy")),
-               "exact": (ours("exact"), ("mdd_bench", "numpy")), "streaming": (ours("streaming"), ("mdd_bench", "numpy"))}
+               "exact": (ours("exact"), ("mdd_bench", "numpy")), "streaming": (ours("streaming"), ("mdd_bench", "numpy")),
+               "binned": (ours("streaming", .3, 2**19), ("mdd_bench", "numpy"))}
 
 def batches(n): return [slice(i, i + BATCH) for i in range(0, n, BATCH)]
 
