@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'KEYS', 'STRETCH', 'UNIT', 'WAITING', 'region_sizes', 'ordered', 'scores_of', 'Curve', 'above', 'curve',
-           'to_numpy', 'on_gpu', 'rising', 'Scores', 'rate', 'area', 'auroc', 'aupro', 'precisions',
-           'average_precision', 'f1max', 'fpr_at_tpr', 'finite', 'binary', 'checked', 'image_values', 'pixel_values',
-           'with_mean', 'image_curve', 'UndefinedMetric', 'warn_undefined', 'starts', 'counted', 'summed', 'joined',
-           'coarser', 'Bins', 'stairs', 'binned_average_precision', 'pixel_bounds', 'Evaluator', 'mean_over_classes']
+           'to_numpy', 'on_gpu', 'side_by_side', 'gathered', 'rising', 'Scores', 'rate', 'area', 'auroc', 'aupro',
+           'precisions', 'average_precision', 'f1max', 'fpr_at_tpr', 'finite', 'binary', 'checked', 'image_values',
+           'pixel_values', 'with_mean', 'image_curve', 'UndefinedMetric', 'warn_undefined', 'starts', 'counted',
+           'summed', 'joined', 'coarser', 'Bins', 'stairs', 'binned_average_precision', 'pixel_bounds', 'Evaluator',
+           'mean_over_classes']
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #e64694c6
-import math, warnings
+import math, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -94,18 +95,27 @@ def to_numpy(x):
 def on_gpu(x): "Whether `x` is a tensor on a GPU, where it then stays."; return getattr(x, "is_cuda", False)
 
 
-def rising(
-    parts,           # list of 1-D arrays; tensors on a GPU are sorted there
-    dtype=np.int32,
-):                   # array [N]
-    "The parts as one sorted array."
-    if not any(map(on_gpu, parts)):
-        keys = np.concatenate([np.empty(0, dtype), *parts])
-        keys.sort()
-        return keys
+def side_by_side(f, *args):
+    "f of each, in two threads, or in one where OMP_NUM_THREADS says so."
+    with ThreadPoolExecutor(1 if os.environ.get("OMP_NUM_THREADS") == "1" else 2) as pool: return list(pool.map(f, args))
+
+
+def gathered(parts, dtype):
+    "The parts as one array, or as one tensor on the GPU where one of them is."
+    if not any(map(on_gpu, parts)): return np.concatenate([np.empty(0, dtype), *parts])
     import torch
     place = next(p.device for p in parts if on_gpu(p))
-    return torch.cat([torch.as_tensor(p, device=place) for p in parts]).sort().values.cpu().numpy()
+    return torch.cat([torch.as_tensor(p, device=place) for p in parts])
+
+
+def rising(
+    *heaps,          # each a list of 1-D arrays, or of tensors on a GPU
+    dtype=np.int32,
+):                   # an array [N] for each
+    "Each heap as one sorted array; what is on a GPU is sorted there, the others in place and side by side."
+    keys = [gathered(h, dtype) for h in heaps]
+    side_by_side(lambda k: k.sort() if isinstance(k, np.ndarray) else None, *keys)
+    return [k if isinstance(k, np.ndarray) else k.sort().values.cpu().numpy() for k in keys]
 
 
 class Scores:
@@ -123,11 +133,11 @@ class Scores:
 
     def curve(self):
         "At every distinct score of a defective pixel."
-        d = rising(self.defective, np.int64)[::-1]
+        d = rising(self.defective, dtype=np.int64)[0][::-1]
         t, share = (d >> 32).astype(np.int32), np.cumsum(1/(d & 0xffffffff))
         last = np.flatnonzero(np.append(t[1:] != t[:-1], True)[:len(t)])
         t = t[last]
-        with ThreadPoolExecutor(2) as pool: return curve(t, last + 1, share[last], *pool.map(lambda parts: above(t, rising(parts)), (self.anomalous, self.good)))   # NumPy sorts side by side
+        return curve(t, last + 1, share[last], *side_by_side(lambda keys: above(t, keys), *rising(self.anomalous, self.good)))
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #f2438cd0
 def rate(counts):
@@ -315,15 +325,16 @@ class Bins:
         "Sort what waits into the bins."
         if not self.waiting.anomalous: return
         waiting, self.waiting, self.held = vars(self.waiting), Scores(), 0
-        d, keys = rising(waiting.pop("defective"), np.int64), {k: rising(waiting.pop(k)) for k in list(waiting)}
-        level = self.level
-        for k in keys.values(): k >>= level
-        while (n := sum(np.count_nonzero(k[1:] != k[:-1]) for k in keys.values())) > self.bins:
-            drop = math.ceil(math.log2(n/self.bins))            # one bit joins two bins at the most
-            level += drop
-            for k in keys.values(): k >>= drop
-        fresh, weights = {k: counted(keys.pop(k)) for k in list(keys)}, np.rint(UNIT/(d & 0xffffffff)).astype(np.int64)
-        self.join(level, fresh | dict(defective=summed((d >> 32 >> level).astype(np.int32), np.stack([np.ones_like(weights), weights]))))
+        (d,), keys = rising(waiting.pop("defective"), dtype=np.int64), rising(waiting.pop("anomalous"), waiting.pop("good"))
+        level = drop = self.level
+        while True:
+            for k in keys: k >>= drop
+            n = sum(np.count_nonzero(k[1:] != k[:-1]) for k in keys)
+            if n <= self.bins: break
+            level += (drop := math.ceil(math.log2(n/self.bins)))            # one bit joins two bins at the most
+        good, anomalous = counted(keys.pop()), counted(keys.pop())
+        weights = np.rint(UNIT/(d & 0xffffffff)).astype(np.int64)
+        self.join(level, dict(anomalous=anomalous, good=good, defective=summed((d >> 32 >> level).astype(np.int32), np.stack([np.ones_like(weights), weights]))))
 
     def join(self, level, tables):
         "Add the tables of a histogram with `level` bits dropped."
@@ -344,8 +355,8 @@ class Bins:
         if self.pixels <= WAITING*self.bins: return self.waiting.curve()
         self.fold()
         t, (n, weight) = self.tables["defective"]
-        counts = lambda k: above(t[::-1], self.tables[k][0], self.tables[k][1][0])
-        return curve(t[::-1], np.cumsum(n[::-1]), np.cumsum(weight[::-1])/UNIT, counts("anomalous"), counts("good"))
+        counts = (above(t[::-1], keys, n[0]) for keys, n in (self.tables["anomalous"], self.tables["good"]))
+        return curve(t[::-1], np.cumsum(n[::-1]), np.cumsum(weight[::-1])/UNIT, *counts)
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #0ff1d152
 def stairs(

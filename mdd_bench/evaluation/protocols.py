@@ -104,9 +104,10 @@ def counts_above(
 ) -> Curve:           # of n + 1 points; the last are the totals
     "The counts of pixels above each threshold."
     keys = ordered(np.asarray(t, np.float32))
-    d, found = rising(scores.defective, np.int64), lambda x: np.append(len(x) - np.searchsorted(x, keys, "left" if at_or_above else "right"), len(x))
-    n, good = found((d >> 32).astype(np.int32)), found(rising(scores.good))
-    return Curve(n, found(rising(scores.anomalous)) + good - n, good, np.append(0, np.cumsum(1/(d & 0xffffffff)[::-1]))[n])
+    (d,), heaps = rising(scores.defective, dtype=np.int64), rising(scores.anomalous, scores.good)
+    found = lambda x: np.append(len(x) - np.searchsorted(x, keys, "left" if at_or_above else "right"), len(x))
+    n, anomalous, good = found((d >> 32).astype(np.int32)), *map(found, heaps)
+    return Curve(n, anomalous + good - n, good, np.append(0, np.cumsum(1/(d & 0xffffffff)[::-1]))[n])
 
 
 class Habit(Evaluator):
@@ -116,7 +117,7 @@ class Habit(Evaluator):
 
     def span(self):
         "The lowest and the highest score."
-        ends = np.concatenate([k[[0, -1]] for k in map(rising, (self.pixels.anomalous, self.pixels.good)) if len(k)])
+        ends = np.concatenate([k[[0, -1]] for k in rising(self.pixels.anomalous, self.pixels.good) if len(k)])
         return scores_of(np.array([ends.min(), ends.max()])).astype(float)
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #6e94f548
@@ -132,7 +133,7 @@ class Linear(Habit):
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #1983996b
 class Quantiles(Habit):
-    "AUPRO from 100 thresholds at equal ranks of the normal pixels (released code: MVTec 3D-AD; that of MVTec AD takes every score)."
+    "AUPRO from 100 thresholds at equal ranks of the normal pixels (released code: MVTec 3D-AD)."
     def changed(self, c):
         if not (c.fp[-1] and c.tp[-1]): return {}                             # undefined, as in exact
         n = c.fp[-1] - 1
