@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.ndimage import gaussian_filter
 
-from mdd_bench.evaluation import metrics
+from mdd_bench.evaluation import bins as bins_module, curves, metrics
 from mdd_bench.evaluation.metrics import KEYS, METRICS, Evaluator
 
 pytestmark = pytest.mark.filterwarnings("ignore::mdd_bench.evaluation.metrics.UndefinedMetric")
@@ -64,13 +64,13 @@ def ordinary(n, size, seed=0):
 def small(**changes):
     "Tables are joined in so short stretches that small data has many."
     with pytest.MonkeyPatch.context() as m:
-        for k, v in (dict(STRETCH=7) | changes).items(): m.setattr(metrics, k, v)
+        for k, v in (dict(STRETCH=7) | changes).items(): m.setattr(bins_module, k, v)
         yield
 
 
 results = lambda e: repr((e.compute(), e.bounds()))      # bit for bit; nan is nan
 half_width = lambda e: max((high - low)/2 for k, (low, high) in e.bounds().items() if k in METRICS)
-kinds, seeds, fewbins, limits, waits = st.sampled_from(list(KINDS)), st.integers(0, 2**32), st.integers(16, 500), st.floats(1e-4, 1), st.sampled_from([0, 1, metrics.WAITING])
+kinds, seeds, fewbins, limits, waits = st.sampled_from(list(KINDS)), st.integers(0, 2**32), st.integers(16, 500), st.floats(1e-4, 1), st.sampled_from([0, 1, bins_module.WAITING])
 often = settings(deadline=None, max_examples=200)
 
 
@@ -255,7 +255,7 @@ def test_memory_does_not_grow():
 @pytest.mark.parametrize("how", ["at once", "one by one", "merged"])
 def test_too_many_regions_are_refused(monkeypatch, regions, kind, how):
     "2**20 regions in reality; with a unit this large, four."
-    monkeypatch.setattr(metrics, "UNIT", 2**60)
+    monkeypatch.setattr(bins_module, "UNIT", 2**60)
     def batch(n):
         maps = np.arange(2.*n).reshape(n, 1, 2)
         return maps if kind == "distinct" else 0*maps, np.arange(n), np.arange(2*n).reshape(n, 1, 2) % 2, np.ones(n)
@@ -287,7 +287,8 @@ def test_a_mask_on_an_image_called_good(mode):
 @pytest.fixture(params=["cpu", "cpu, sorted by torch", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"))])
 def device(request, monkeypatch):
     "Where tensors lie. On the CPU they may take the way of those on a GPU."
-    if "sorted" in request.param: monkeypatch.setattr(metrics, "on_gpu", torch.is_tensor)
+    if "sorted" in request.param:
+        for module in (curves, metrics): monkeypatch.setattr(module, "on_gpu", torch.is_tensor)
     return request.param[:4].strip(",")
 
 

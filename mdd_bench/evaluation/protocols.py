@@ -20,7 +20,8 @@ from scipy.ndimage import gaussian_filter, maximum_filter
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ..errors import DataError, unknown
-from .metrics import Curve, Evaluator, Scores, area, binary, checked, f1max, finite, ordered, precisions, rate, rising, scores_of, to_numpy
+from .curves import Curve, Scores, area, f1max, ordered, precisions, rate, rising, scores_of, to_numpy
+from .metrics import Evaluator, binary, checked, finite
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #7cbfc748
 def stretch_sums(
