@@ -83,7 +83,7 @@ class Evaluator:
     def __init__(self,
         mode="exact",    # exact | streaming
         fpr_limit=0.3,   # AUPRO: the largest false-positive rate that counts
-        bins=2**20,      # streaming: the most distinct scores that are kept, 12 bytes each; up to there it is exact too
+        bins=2**20,      # streaming: the most distinct scores that are kept; up to 8 pixels per bin nothing is dropped at all
     ):
         if mode not in ("exact", "streaming"): raise ValueError(f"mode: {mode!r}, expected 'exact' or 'streaming'")
         if not 0 < fpr_limit <= 1: raise ValueError(f"fpr_limit: {fpr_limit}, expected a number in (0, 1]")
