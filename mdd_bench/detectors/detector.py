@@ -41,6 +41,8 @@ class Detector(nn.Module):
     recipe = Recipe()
     needs = frozenset()       # "image", "pairs", "cls"
     defects = None            # with "pairs": keywords of mdd_bench.data.defects.Defects
+    at_test = frozenset()     # options that only `predict` reads: runs that differ in nothing else share their weights
+    left_over = lambda options: ()   # (option, the only value that other options leave it, why), one after another
 
     def __init__(self,
         backbone,             # a frozen Backbone
@@ -52,7 +54,9 @@ class Detector(nn.Module):
 
     def param_groups(self) -> list[dict]: return [dict(params=[p for p in self.parameters() if p.requires_grad])]
     def prepare(self, batches): "Once, before training: iterate batches, keep what is needed."
-    def on_epoch(self, epoch: int, batches): "After each epoch (from 0), with a fresh pass over the training batches."
+    def on_epoch(self, epoch: int, batches): "After each epoch (from 0)."
+    def finish(self, batches): "Once, after training."
+    def facts(self) -> dict: "What a record should say of the trained model."; return {}
     def losses(self, batch: dict) -> dict[str, Tensor]: raise SpecError(f"{type(self).__name__} has nothing to train", "run it with --epochs 0")
     def predict(self, features: list[Tensor], size) -> Prediction: raise SpecError(f"{type(self).__name__} has no predict", "write one")
     def forward(self, images) -> Prediction: return self.predict(self.backbone(images), tuple(images.shape[-2:]))
@@ -83,12 +87,19 @@ def full_options(
     name: str,
     options: dict,  # what was set
 ) -> dict:          # every option of the detector, defaults filled in
-    "All options of a detector; raises `SpecError` for an unknown one."
-    params = inspect.signature(detector_class(name).__init__).parameters
-    known = {k: p.default for k, p in params.items() if k not in ("self", "backbone", "classes")}
+    "All options of a detector; raises `SpecError` for an unknown one and for combinations that cannot be."
+    cls = detector_class(name)
+    known = {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items() if k not in ("self", "backbone", "classes")}
     for k in options:
         if k not in known: raise unknown(f"option of {name}", k, known)
-    return known | options
+    words = {k: "none" for k, v in options.items() if v is None and isinstance(known[k], str)}     # for an option made of words, none is one
+    filled, fixed = known | options | words, set()
+    for k, value, why in cls.left_over(filled):
+        if k in options and options[k] != value: raise SpecError(f"{k}={options[k]!r} cannot be with {why}", f"leave {k} out" + (f", or give {value!r}" if value is not None else ""))
+        filled[k] = value; fixed.add(k)
+    for k, v in filled.items():
+        if v is None and known[k] is not None and k not in fixed: raise SpecError(f"{k}=None", f"give a value, for example {known[k]!r}, or leave it out")
+    return filled
 
 def create_detector(
     name: str,         # see list_detectors()

@@ -63,6 +63,11 @@ class Store:
     def load(self, id: str) -> Record: return read_record(self.folder(id))
     def records(self) -> list[Record]: "All complete records, by id."; return [read_record(p.parent) for p in sorted(self.runs.glob("*/record.json"))]
 
+    def model(self, id: str, trained: str) -> Path | None:
+        "A kept model of this run, or of one whose weights are the same because it was trained the same way (`provenance.trained`)."
+        kept = [self.folder(id)/"model.safetensors", *sorted(self.runs.glob("*/model.safetensors"))]
+        return next((m for m in kept if m.is_file() and self.has(m.parent.name) and self.load(m.parent.name).provenance.get("trained") == trained), None)
+
     def write(self, record: Record) -> Record:
         "Make a record complete: `record.json` by rename, so that it is there whole or not at all."
         folder = self.folder(record.id); part = folder/"record.part"

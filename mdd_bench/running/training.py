@@ -8,6 +8,7 @@ __all__ = ['OPTIMIZERS', 'seed_all', 'feed', 'make_optimizer', 'set_rates', 'che
 
 # %% ../../nbs/running/50_training.ipynb #3901292d
 import csv, math, os, random, time
+from copy import copy
 from pathlib import Path
 import numpy as np
 import torch
@@ -32,17 +33,18 @@ def feed(
     rows: Rows,
     batch: int,
     seed: int = 0,
-    epoch: int = None,  # None: all rows in the table's order
+    epoch: int = None,  # None: all rows in the table's order, and no pairs
     store=None,         # a FeatureStore of these rows
     workers: int = 0,
     device="cpu",
 ):                      # an iterator of dicts
     "Batches as `detector.needs` asks: features, and image, pairs, cls where they are wanted."
-    rows.images = store is None or bool(detector.needs & {"image", "pairs"})
+    rows, pairs = copy(rows), "pairs" in detector.needs and epoch is not None
+    rows.defects, rows.images = rows.defects if pairs else None, store is None or pairs or "image" in detector.needs
     for b in batches(rows, batch, seed, epoch, workers, device):
         b = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k != "index" else v for k, v in b.items()}
         b["features"] = detector.backbone(b["image"]) if store is None else [f.to(device, non_blocking=True) for f in store[b["index"]]]
-        if "pairs" in detector.needs and "abnormal" in b: b["features_abnormal"] = detector.backbone(b["abnormal"])
+        if pairs: b["features_abnormal"] = detector.backbone(b["abnormal"])
         if "cls" not in detector.needs: del b["cls"]
         yield b
 
@@ -124,8 +126,11 @@ def train(
 ):
     "Train in place, resuming from the folder's checkpoint; raises `TrainingError` on a non-finite loss."
     passes = lambda epoch: feed(detector, rows, recipe.batch, seed, epoch, store, workers, device)
-    seed_all(seed); detector.train(); detector.prepare(passes(None))
-    if not recipe.epochs: detector.eval(); return
+    def hook(f, *args):
+        detector.eval()
+        with torch.no_grad(): f(*args, passes(None))
+    seed_all(seed); hook(detector.prepare)
+    if not recipe.epochs: hook(detector.finish); return
     optimizer, checkpoint = make_optimizer(detector, recipe), folder and Path(folder)/"checkpoint.pt"
     done = load_checkpoint(checkpoint, detector, optimizer)
     history, steps, saved = folder and History(Path(folder)/"history.csv", done), -(-len(rows)//recipe.batch), time.monotonic()
@@ -135,6 +140,6 @@ def train(
             terms = train_step(detector, batch, optimizer, recipe, precision, epoch, epoch*steps + i)
             if history: history.add(epoch, epoch*steps + i, terms)
             progress("train", epoch*steps + i + 1, recipe.epochs*steps)
-        detector.on_epoch(epoch, passes(epoch))
+        hook(detector.on_epoch, epoch)
         if checkpoint and epoch + 1 < recipe.epochs and time.monotonic() - saved >= save_every: save_checkpoint(checkpoint, detector, optimizer, epoch + 1); saved = time.monotonic()
-    detector.eval()
+    hook(detector.finish)
