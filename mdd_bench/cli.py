@@ -39,11 +39,11 @@ def protocols():
     for p in PROTOCOLS.values(): print(f"{p.name:15s} {p.says}")
 
 @app.command()
-def datasets(path: Annotated[str, typer.Argument(help="a dataset folder, or embedded-v1")], skip_broken: bool = False):
+def datasets(path: Annotated[str, typer.Argument(help="a dataset folder, embedded-v1, or heldout:<data>: training normals and synthetic defects to choose options on")], skip_broken: bool = False):
     "Check a dataset and show what is in it: every file is read once."
     from mdd_bench.data.catalog import read_catalog, verify
-    from mdd_bench.data.synthetic import embedded
-    read = read_catalog(embedded(path) if path.startswith("embedded-") else path)
+    from mdd_bench.data.heldout import dataset_folder
+    read = read_catalog(dataset_folder(path))
     catalog, fingerprint = verify(read, skip_broken)
     print(catalog.counts().to_string())
     print(f"{len(catalog.table)} images, {len(read.table) - len(catalog.table)} skipped, {catalog.ignored} other files ignored, fingerprint {fingerprint}")
@@ -92,7 +92,7 @@ def run_command(out: Out = Path("results"), device: Device = None, workers: Work
 
 # %% ../nbs/cli.ipynb #fc1c8670
 @app.command()
-def sweep(study: Annotated[str, typer.Argument(help="its name, e.g. benchmark")], p: Annotated[list[str], typer.Option("-p", help="name=value: a field of the run, where 'a,b,c' makes an axis, or a parameter of a study without runs; may be repeated")] = [],
+def sweep(study: Annotated[str, typer.Argument(help="its name, e.g. benchmark")], p: Annotated[list[str], typer.Option("-p", help="name=value: a field of the run, where 'a,b,c' makes an axis; arms=a,b; or a parameter of a study without runs; may be repeated")] = [],
           out: Annotated[Path, typer.Option(help="the study's folder becomes <out>/<study>/")] = Path("results"), device: Device = None, workers: Workers = 0, store_gb: StoreGb = 4,
           keep_model: KeepModel = False,
           plain: Annotated[bool, typer.Option("--plain", help="runs as plain processes, and no notebooks: needs no papermill")] = False):

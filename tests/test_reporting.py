@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from mdd_bench.errors import DataError, SpecError
-from mdd_bench.reporting.plots import bars, colours, heatmap_grid, loss_curves, save, shared_scale
+from mdd_bench.reporting.plots import bars, colours, curve, heatmap_grid, loss_curves, save, shared_scale
 from mdd_bench.reporting.tables import (METRICS, arms, caption, comparable, marks, per_class, scores_frame, settings, summary,
                                         to_markdown, write_table)
 
@@ -143,6 +143,69 @@ def test_protocols_are_not_settings():
     with pytest.raises(SpecError, match="protocol in record"): summary([record("a"), record("b", protocols=("ader",))])
 
 
+# ---- arms by name
+
+def ablation():
+    "Two named arms that differ in all that a method brings; three seeds each."
+    both = [record("a", s, .8 + .01*s, options=dict(branches="both", fusion="gate", scale=2), epochs=20, batch=8, revision=3) for s in range(3)]
+    one = [record("b", s, .7 + .01*s, options=dict(branches="one", fusion=None), epochs=5, batch=16, revision=1) for s in range(3)]
+    return [*one, *both], {r.id: "both + L_dist" for r in both} | {r.id: "one" for r in one}
+
+
+def test_named_arms_are_the_index_and_keep_the_order_of_the_records():
+    records, names = ablation()
+    table = summary(records, by=names)
+    assert table.index.names == ["arm"] and list(table.index) == ["one", "both + L_dist"]        # not the order of the dict
+    assert table["P-AP"].tolist() == pytest.approx([.71, .81]) and table["P-AP std"].tolist() == pytest.approx([.01, .01])
+    assert list(arms(records, names)) == [("one",), ("both + L_dist",)]
+    assert scores_frame(records, by=names)["arm"].tolist() == ["one"]*3 + ["both + L_dist"]*3
+    assert per_class(records, by=names).index.tolist() == ["one", "both + L_dist"]
+    assert to_markdown(table).startswith("| arm |")
+    assert "Epochs 5 (one); 20 (both + L_dist)" in caption(records, by=names)
+
+
+def test_one_detector_may_have_several_named_arms():
+    records = [record("a", options=dict(m=m)) for m in (1, None)]
+    names = dict(zip((r.id for r in records), ("with", "without")))
+    with pytest.raises(SpecError, match="options.m"): summary(records)
+    assert list(summary(records, by=names).index) == ["with", "without"]
+    assert summary(records, by=names | {"elsewhere": "unused"})["n"].tolist() == [1, 1]
+
+
+def test_every_record_must_have_a_name():
+    records, names = ablation()
+    del names[records[4].id]
+    for call in (comparable, summary, bars, loss_curves):
+        with pytest.raises(SpecError, match=f"record {records[4].id} has no name.*Add it"): call(records, by=names)
+
+
+@pytest.mark.parametrize("field, spec", [("detector", dict(detector="b")), ("options.m", dict(options=dict(m=2))), ("options.m", dict(options={})), ("revision", dict(revision=2)),
+                                         ("epochs", dict(epochs=3)), ("batch", dict(batch=2))])
+def test_a_mixture_within_a_named_arm_is_refused_by_field(field, spec):
+    pair = [record(**(dict(detector="a", seed=s, options=dict(m=1), revision=1) | (spec if s else {}))) for s in range(2)]
+    with pytest.raises(SpecError, match=rf'several values of {field} within the arm "same"'): comparable(pair, {r.id: "same" for r in pair})
+    comparable(pair, {r.id: r.id for r in pair})                                                # under two names they may stand together
+
+
+@pytest.mark.parametrize("field, value", [("size", 256), ("backbone", "resnet50"), ("data", "mvtec"), ("setting", "separate"), ("weights", "random")])
+def test_names_excuse_nothing_that_no_method_brings(field, value):
+    pair = [record("a"), record("b", **{field: value})]
+    with pytest.raises(SpecError, match=rf"several values of {field}: .*{value}"): comparable(pair, {r.id: r.spec["detector"] for r in pair})
+
+
+def test_a_seed_counts_once_within_a_name():
+    pair = [record("a", 3), record("a", 3)]
+    with pytest.raises(SpecError, match="seed 3 occurs 2 times for same"): arms(pair, {r.id: "same" for r in pair})
+    assert len(arms(pair, {pair[0].id: "one", pair[1].id: "two"})) == 2
+
+
+def test_names_and_a_field_together():
+    records = [record("a", s, options=dict(kind=kind, m=m)) for kind in "xy" for m in (1, 2) for s in (0, 1)]
+    names = {r.id: "arm " + r.spec["options"]["kind"] for r in records}
+    assert list(summary(records, by=[names, "options.m"]).index) == [("arm x", 1), ("arm x", 2), ("arm y", 1), ("arm y", 2)]
+    with pytest.raises(SpecError, match="options.m within"): summary(records, by=names)
+
+
 # ---- bold and underline
 
 @pytest.mark.parametrize("values, lower, expected", [
@@ -257,6 +320,108 @@ def test_bars_of_two_fields_and_a_shared_palette():
 def test_plots_refuse_the_mixtures_that_tables_refuse():
     for draw in (bars, loss_curves):
         with pytest.raises(SpecError, match="size"): draw([record("a"), record("b", size=256)])
+
+
+def boxes(fig):  # of the legend, the axes, the figure, in pixels
+    fig.draw_without_rendering()
+    return fig.legends[0].get_window_extent(), fig.axes[0].get_window_extent(), fig.bbox
+
+
+@pytest.mark.parametrize("n", [1, 6, 10, 14])
+def test_the_legend_of_many_long_names_is_neither_cut_nor_over_the_bars(n):
+    records = [record("a", s, .5 + .01*i, options=dict(i=i)) for i in range(n) for s in range(2)]
+    legend, axes, figure = boxes(bars(records, by={r.id: f"{r.spec['options']['i']:02d} WWW branches + memory" for r in records}))
+    assert legend.x0 >= axes.x1 and legend.x1 <= figure.x1 and legend.y0 >= figure.y0 and legend.y1 <= figure.y1
+    assert axes.width > .4*figure.width and axes.height > .6*figure.height
+
+
+def memories(x=(1, 8, 32, 128), seeds=3, values=lambda k, s: .5 + .001*k + .01*s**2):
+    return [record("a", s, values(k, s), options=dict(memory="class", k=k)) for k in x for s in range(seeds)]
+
+
+def levels(seeds=3): return [record("a", s, v + .01*s, options=dict(memory=m, k=k)) for m, v, k in (("none", .4, None), ("shared", .6, 50)) for s in range(seeds)]
+def plain(ax): return [line for line in ax.lines if line.get_linestyle() == "-"]
+def dashed(ax): return [line for line in ax.lines if line.get_linestyle() == "--"]
+def dots(ax): return sorted((x, y) for line in ax.lines if line.get_marker() == "o" for x, y in line.get_xydata())
+
+
+def test_curve_shows_mean_band_and_seeds_by_hand():
+    values = {(1, 0): .50, (1, 1): .53, (1, 2): .59, (2, 0): .7, (2, 1): .7, (2, 2): .7}
+    fig = curve(memories((2, 1), values=lambda k, s: values[k, s]), "options.k")
+    ax, = fig.axes
+    assert plain(ax)[0].get_xydata().ravel() == pytest.approx([1, 54, 2, 70])                    # by rising x, whatever the order of the records
+    std = 100*math.sqrt((.04**2 + .01**2 + .05**2)/2)
+    edge = ax.collections[0].get_paths()[0].vertices
+    assert (edge[edge[:, 0] == 1, 1].min(), edge[edge[:, 0] == 1, 1].max()) == pytest.approx((54 - std, 54 + std))
+    assert edge[edge[:, 0] == 2, 1] == pytest.approx(70)
+    assert np.array(dots(ax)) == pytest.approx(np.array(sorted((k, 100*v) for (k, _), v in values.items())))
+    assert ax.get_ylabel() == "mAD (percent)" and ax.get_xlabel() == "k" and ax.get_ylim()[0] > 40
+    assert not fig.legends                                                                       # one line needs no name
+
+
+def test_one_seed_has_no_band():
+    ax = curve(memories(seeds=1) + levels(seeds=1), "options.k", by="options.memory", levels=("none", "shared")).axes[0]
+    assert len(ax.collections) == len(ax.patches) == 0 and len(dots(ax)) == 4 and len(dashed(ax)) == 2
+
+
+def test_levels_lie_at_their_means_and_lines_keep_their_points():
+    fig = curve(levels() + memories(), "options.k", ("mAD", "P-AP"), by="options.memory", levels=["none", "shared"])
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["none", "shared", "class"]
+    assert [ax.get_ylabel() for ax in fig.axes] == ["mAD (percent)", "P-AP (percent)"]
+    for ax in fig.axes:
+        assert [line.get_ydata()[0] for line in dashed(ax)] == pytest.approx([41, 61])
+        assert [(p.get_y(), p.get_y() + p.get_height()) for p in ax.patches] == [pytest.approx((40, 42)), pytest.approx((60, 62))]
+        assert list(next(line for line in plain(ax) if len(line.get_xdata()) == 4).get_xdata()) == [1, 8, 32, 128]
+    legend, axes, figure = boxes(fig)
+    assert legend.x1 <= figure.x1 and legend.x0 >= axes.x1
+
+
+@pytest.mark.parametrize("x, scale", [((1, 8), "linear"), ((1, 9), "log"), ((1, 8, 32, 128), "log"), ((0, 1, 100), "linear"), ((.5, 2, 8), "log")])
+def test_axis_doubles_above_a_factor_of_eight(x, scale):
+    ax = curve(memories(x), "options.k").axes[0]
+    assert ax.get_xscale() == scale and ("log" in ax.get_xlabel()) == (scale == "log")
+    if scale == "log":
+        assert ax.xaxis.get_transform().base == 2 and list(ax.get_xticks()) == list(x) and not len(ax.get_xticks(minor=True))
+        assert [t.get_text() for t in ax.get_xticklabels()] == [f"{v:g}" for v in x]
+
+
+def test_curves_of_named_arms():
+    records = [record("a", s, options=dict(memory=m, k=k, fusion=f)) for m, f in (("class", "gate"), ("none", None)) for k in ((1, 2, 4) if f else (None,)) for s in (0, 1)]
+    names = {r.id: "class + gate" if r.spec["options"]["fusion"] else "no memory" for r in records}
+    fig = curve(records, "options.k", "mAD", by=names, levels=("no memory",))
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["class + gate", "no memory"] and len(dashed(fig.axes[0])) == 1
+    assert len(dashed(curve(records, "options.k", by=names, levels="no memory").axes[0])) == 1
+    with pytest.raises(SpecError, match="options.memory within the arm"): curve(records, "options.k", by={i: "same" for i in names}, levels=("same",))
+
+
+@pytest.mark.parametrize("value", [None, "many", True, [1, 2], math.nan])
+def test_an_x_that_is_no_number_is_refused_by_record(value):
+    bad = record("a", options=dict(memory="class", k=value))
+    with pytest.raises(SpecError, match=f"record {bad.id} has .* for options.k"): curve([*memories((2, 4)), bad], "options.k")
+
+
+def test_an_x_that_is_missing_is_refused_by_record():
+    bad = record("a", options=dict(memory="class"))
+    with pytest.raises(SpecError, match=f"record {bad.id} has None for options.k.*levels"): curve([*memories(), bad], "options.k")
+
+
+@pytest.mark.parametrize("change, message", [(dict(x="options.kk"), "Did you mean 'options.k'"), (dict(levels=("non",)), "Did you mean 'none'"), (dict(metrics="mADD"), "Did you mean 'mAD'"),
+                                             (dict(levels=("none", "shared", "class")), "'class' is to be a level"), (dict(by=None, levels=()), "options.memory"), (dict(protocol="exakt"), "protocol")])
+def test_curve_names_what_does_not_fit(change, message):
+    with pytest.raises(SpecError, match=message): curve(**(dict(records=levels() + memories(), x="options.k", by="options.memory", levels=("none", "shared")) | change))
+
+
+def test_curve_refuses_mixtures_repeated_seeds_and_nothing_to_draw():
+    with pytest.raises(SpecError, match="size"): curve([*memories(), record("a", options=dict(memory="class", k=4), size=256)], "options.k")
+    with pytest.raises(SpecError, match="seed 0 occurs 2 times"): curve(memories() + memories(), "options.k")
+    with pytest.raises(SpecError, match="all arms are levels"): curve(levels(), "options.k", by="options.memory", levels=("none", "shared"))
+
+
+def test_curve_names_a_nan():
+    records = memories(values=lambda k, s: math.nan if (k, s) == (8, 1) else .5) + [record("a", 0, math.nan, options=dict(memory="none", k=None))]
+    ax = curve(records, "options.k", by="options.memory", levels=("none",)).axes[0]
+    assert [t.get_text() for t in ax.texts] == ["nan", "nan"] and ax.texts[0].get_position()[0] == 8
+    assert np.isnan(plain(ax)[0].get_ydata()).tolist() == [False, True, False, False] and not dashed(ax)
 
 
 def test_loss_curves_have_a_panel_per_term_and_a_sum():

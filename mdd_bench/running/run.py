@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 import mdd_bench
 from ..data.catalog import cache_dir, read_catalog, verify
 from ..data.defects import Defects
+from ..data.heldout import dataset_folder
 from ..data.loading import Rows, batches, load_image, load_mask
-from ..data.synthetic import embedded
 from ..detectors.detector import create_detector, detector_class, full_options
 from ..errors import DataError, SpecError, StoreError
 from ..evaluation.metrics import mean_over_classes
@@ -38,7 +38,7 @@ from .training import feed, seed_all, train
 def _backbone(name, weights, layers, stamp): return Backbone(name, weights, layers and list(layers))
 
 def _data(data, classes, skip_broken):
-    root = embedded(data) if data.startswith("embedded-") else data
+    root = dataset_folder(data)
     read = read_catalog(root, classes)
     catalog, fingerprint = verify(read, skip_broken)
     for c in read.classes:

@@ -16,7 +16,7 @@ def _field(default, help): return field(default_factory=(lambda: default.copy())
 @dataclass
 class RunSpec:
     "What is run. Lists may be given as 'a,b,c'."
-    data: str = _field("embedded-v1", "a dataset folder, or embedded-v1, embedded-v1-smoke, embedded-v1-large")
+    data: str = _field("embedded-v1", "a dataset folder, embedded-v1, embedded-v1-smoke, embedded-v1-large, or heldout:<one of these>")
     classes: list[str] | None = _field(None, "product classes to use; none: all")
     size: int = _field(256, "images become size x size pixels")
     skip_broken: bool = _field(False, "leave unreadable images out instead of stopping")
