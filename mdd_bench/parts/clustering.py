@@ -47,7 +47,7 @@ def describe(
     return torch.cat([F.normalize(f.mean((2, 3)), dim=-1) for f in features], 1)
 
 # %% ../../nbs/parts/11a_clustering.ipynb #b0948137
-LEAST_SILHOUETTE, NEARLY, SILHOUETTE_IMAGES = .1, .02, 2000
+LEAST_SILHOUETTE, NEARLY, SILHOUETTE_IMAGES = .25, .02, 2000
 
 def grouped(x, k: int):
     "The best of four starts of `spherical_kmeans`: centres [k, D] and each vector's group [N]."
@@ -59,7 +59,7 @@ def choose_groups(
     x,               # [N, D] centred descriptors, unit length
     most: int = 30,  # largest number tried
 ) -> int:
-    "The fewest groups with nearly the best silhouette (Rousseeuw 1987); 1 where nothing stands apart (thresholds: ours)."
+    "The fewest groups with nearly the best silhouette (Rousseeuw 1987); 1 where nothing stands apart (Kaufman and Rousseeuw 1990; 'nearly': ours)."
     few = x[::max(1, len(x)//SILHOUETTE_IMAGES)]
     def silhouette(k):
         group = grouped(few, k)[1].cpu().numpy()
