@@ -83,7 +83,8 @@ def init_prototypes(
     x = z.flatten(2).transpose(1, 2)
     for c in group.unique().tolist():
         own = x[group == c].flatten(0, 1)
-        memory.items[c] = spherical_kmeans(own[::-(-len(own)//most)], memory.items.shape[1])
+        own = own[own.norm(dim=-1) > 0]                              # a rectified embedding can be zero: no direction
+        if len(own): memory.items[c] = spherical_kmeans(own[::-(-len(own)//most)], memory.items.shape[1])
 
 # %% ../../nbs/parts/12_memory.ipynb #58537b48
 @torch.no_grad()
@@ -99,10 +100,10 @@ def revive(
     "Move unused prototypes to the recent embeddings farthest from every used one, and forget the counts (ours)."
     revived = 0
     for c, x in recent.items():
-        alive, x = memory.used[c] > 0, F.normalize(x, dim=-1)
-        revived += int((~alive).sum())
+        alive, x = memory.used[c] > 0, F.normalize(x[x.norm(dim=-1) > 0].float(), dim=-1)
         for k in (~alive).nonzero().flatten().tolist():
             near = (x @ F.normalize(memory.items[c][alive], dim=-1).T).amax(1) if alive.any() else x.new_zeros(len(x))
-            memory.items[c, k] = x[near.argmin()]; alive[k] = True
+            if not len(x) or near.min() > 1 - 1e-4: break            # every embedding has its prototype: a copy would be dead again
+            memory.items[c, k] = x[near.argmin()]; alive[k] = True; revived += 1
     memory.used.zero_()
     return revived

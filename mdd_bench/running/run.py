@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXACT_PIXELS', 'SHARE', 'short_hash', 'Prepared', 'prepare', 'predictions', 'sample_rows', 'truth', 'score_class',
            'sample_images', 'test_maps', 'measure_cost', 'git_commit', 'provenance', 'Progress', 'read_progress',
-           'write_files', 'collect', 'predicted_right', 'choose_device', 'run']
+           'write_files', 'collect', 'load_model', 'hash_file', 'predicted_right', 'choose_device', 'run']
 
 # %% ../../nbs/running/52_run.ipynb #c9c5218e
 import hashlib, json, platform, resource, subprocess, time
@@ -152,7 +152,7 @@ def test_maps(
     model = Store(out).model(p.id, p.trained)
     if model is None: raise StoreError(f"no model of run {p.id} is kept below {out}", "run it with --keep-model")
     detector, store = _ready(p, device, workers, store_gb)
-    detector.load_state_dict(load_file(model)); detector.eval()
+    load_model(detector, model, read_record(model.parent))
     for c in p.catalog.classes:
         table = p.catalog.part(cls=c, split="test"); rows = Rows(p.catalog.root, table, p.spec.size, p.catalog.classes)
         maps = np.concatenate([b["maps"] for b in predictions(detector, rows, p.recipe.batch, store(rows, f"test {c}"), workers, device)])
@@ -222,6 +222,14 @@ def collect(protocols: list[str], tested: dict) -> dict:
     return {name: dict(mean=mean_over_classes(of(name, "metrics")), per_class=of(name, "metrics"), per_kind=of(name, "per_kind")) for name in protocols}
 
 # %% ../../nbs/running/52_run.ipynb #3ff99255
+def load_model(detector, path: Path, record: Record):
+    "The kept model of a record, ready to test; raises `StoreError` for a file that is not the one the record was made with."
+    known = record.provenance.get("model_hash")
+    if known not in (None, hash_file(path)): raise StoreError(f"{path} is not the model of record {record.id}", "delete the file and run the spec with --keep-model")
+    detector.load_state_dict(load_file(path)); detector.eval()
+
+def hash_file(path: Path) -> str: return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
 def predicted_right(tested: dict) -> dict:
     "From `predicted_cls` or `group` in the scores of all classes: {'predicted_cls_right': share} or {'group_purity': share}; else nothing (ours)."
     scores = pd.concat([t["scores"] for t in tested.values()])
@@ -243,8 +251,8 @@ def _trained(p, folder, device, workers, store_gb, progress, model):
     "The trained detector, what opens the feature store, and cost and facts of the training; from a kept model where there is one."
     detector, store = _ready(p, device, workers, store_gb)
     if model:
-        detector.load_state_dict(load_file(model)); detector.eval()
         other = read_record(model.parent)
+        load_model(detector, model, other)
         return detector, store, {k: other.cost[k] for k in ("prepare_s", "train_s", "features")}, {k: other.provenance.get(k) for k in ("defect_textures",)} | dict(trained_by=other.id)
     rows, start = Rows(p.catalog.root, p.catalog.part(split="train"), p.spec.size, p.catalog.classes), time.perf_counter()
     if "pairs" in detector.needs: rows.defects = Defects(**detector.defects, seed=p.spec.seed, images=rows)
@@ -263,6 +271,7 @@ def _train_and_test(prepared, folder, device, workers, store_gb, keep_model, pro
     start = time.perf_counter(); tested = _test_classes(p, detector, p.spec.protocols, store, workers, device, progress); test_s = time.perf_counter() - start
     cost |= dict(test_s=test_s, images_per_second=sum(len(t["scores"]) for t in tested.values())/test_s) | measure_cost(p, detector, device)
     write_files(folder, detector, tested, keep_model and model is None)
+    if (folder/"model.safetensors").is_file(): facts["model_hash"] = hash_file(folder/"model.safetensors")
     facts |= dict(trained=p.trained, classes_streamed=[c for c, t in tested.items() if t["streamed"]]) | detector.facts() | predicted_right(tested)
     return collect(p.spec.protocols, tested), cost, facts
 
@@ -271,7 +280,7 @@ def _test_again(prepared, record, model, device, workers, store_gb, progress):
     "The record with the protocols of the spec that it lacks, from its kept model; raises `StoreError` when the model does not give the record's scores."
     p, first, missing = prepared, next(iter(record.metrics)), [name for name in prepared.spec.protocols if name not in record.metrics]
     detector, store = _ready(p, device, workers, store_gb)
-    detector.load_state_dict(load_file(model)); detector.eval()
+    load_model(detector, model, read_record(model.parent))
     tested = _test_classes(p, detector, [first, *missing], store, workers, device, progress)
     old, new = record.scores(), pd.concat([t["scores"] for t in tested.values()])
     if old.path.tolist() != new.path.tolist() or not np.allclose(old.score, new.score, rtol=1e-3, atol=1e-5):
