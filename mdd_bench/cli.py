@@ -27,10 +27,10 @@ def version(show: Annotated[bool, typer.Option("--version", help="print the vers
 @app.command()
 def detectors(pattern: Annotated[str, typer.Argument(help="shell-style, e.g. 'rd*'")] = "*"):
     "List the detectors with their options and defaults."
-    from mdd_bench.detectors.detector import detector_class, full_options, list_detectors
+    from mdd_bench.detectors.detector import detector_class, known_options, list_detectors
     for name in list_detectors(pattern):
         print(f"{name:12s} {(detector_class(name).__doc__ or '').split(chr(10))[0]}")
-        for k, v in full_options(name, {}).items(): print(f"{'':12s}   --option {k}={v}")
+        for k, v in known_options(name).items(): print(f"{'':12s}   --option {k}={v}")
 
 @app.command()
 def protocols():

@@ -25,7 +25,8 @@ from conftest import SMALL
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM", "ignore::mdd_bench.evaluation.metrics.UndefinedMetric")
 PYRAMIDS = [("resnet18", None, [4, 8, 16], False), ("resnet18", [2, 3, 4], [8, 16, 32], False), ("mobilenetv3_small_100", None, [4, 8, 16], True)]
 BRANCHES, MEMORIES = ("both", "restoration", "distillation"), ("class", "none", "shared", "cluster")
-LIGHT = dict(decoder="light", prototypes=4)
+LIGHT = dict(decoder="light", memory="class", prototypes=4, fusion="sum")
+MEMORY = dict(memory="class")
 
 class Interrupted(Exception): pass
 
@@ -57,7 +58,8 @@ def a_batch(backbone, n=4, classes=2, size=64):
 
 def create(backbone, classes=2, seed=0, **options):
     torch.manual_seed(seed)
-    return create_detector("mddnet", backbone, classes, **{k: v for k, v in LIGHT.items() if k != "prototypes" or options.get("memory") != "none"} | options)
+    left_out = ["prototypes"]*(options.get("memory") == "none") + ["fusion"]*(options.get("branches", "both") != "both")
+    return create_detector("mddnet", backbone, classes, **{k: v for k, v in LIGHT.items() if k not in left_out} | options)
 
 def hook(detector, f, *args):
     detector.eval()
@@ -266,24 +268,24 @@ def test_distillation_without_a_memory_is_rd4ad(prepared, small, tmp_path):
 @pytest.mark.parametrize("options,option,why", [
     (dict(branches="restoration", fusion="sum"), "fusion='sum'", "branches=restoration"), (dict(branches="restoration", bottleneck="separate"), "bottleneck='separate'", "branches=restoration"),
     (dict(branches="distillation", dist_weight=.1), "dist_weight=0.1", "branches=distillation"), (dict(branches="distillation", anomaly_probability=1.), "anomaly_probability=1.0", "branches=distillation"),
-    (dict(branches="distillation", textures="images"), "textures='images'", "branches=distillation"), (dict(branches="restoration", memory_at="both"), "memory_at='both'", "branches=restoration"),
+    (dict(branches="distillation", textures="images"), "textures='images'", "branches=distillation"), (dict(branches="restoration", memory="class", memory_at="both"), "memory_at='both'", "branches=restoration"),
     (dict(memory="none", prototypes=8), "prototypes=8", "memory=none"), (dict(memory="none", read="concat"), "read='concat'", "memory=none"), (dict(memory="none", memory_at="both"), "memory_at='both'", "memory=none"),
-    (dict(memory="class", groups=3), "groups=3", "memory=class"), (dict(groups=3), "groups=3", "memory=class"), (dict(memory="none", groups=1), "groups=1", "memory=none"),
-    (dict(memory_at="both", bottleneck="separate"), "bottleneck='separate'", "memory_at=both"), (dict(scale="normal", fusion="product"), "scale='normal'", "fusion=product"),
+    (dict(memory="class", groups=3), "groups=3", "memory=class"), (dict(groups=3), "groups=3", "memory=none"), (dict(memory="none", groups=1), "groups=1", "memory=none"),
+    (dict(memory="class", memory_at="both", bottleneck="separate"), "bottleneck='separate'", "memory_at=both"), (dict(scale="normal", fusion="product"), "scale='normal'", "fusion=product"),
     (dict(fusion="max"), "fusion 'max'", "product"), (dict(memory="clas"), "memory 'clas'", "Did you mean 'class'"), (dict(branches="all"), "branches 'all'", "restoration"), (dict(prototype=3), "'prototype'", "prototypes"),
     (dict(scale="std"), "scale 'std'", "normal"), (dict(read="add"), "read 'add'", "replace"), (dict(decoder="heavy"), "decoder 'heavy'", "light"), (dict(memory_at="identity"), "memory_at 'identity'", "both"),
-    (dict(prototypes=0), "prototypes=0", "1"), (dict(dist_weight=-.1), "dist_weight=-0.1", "0"), (dict(dist_weight=float("nan")), "dist_weight=nan", "0"), (dict(anomaly_probability=1.5), "anomaly_probability=1.5", "0 to 1"),
-    (dict(memory="cluster", groups=0), "groups=0", "1"), (dict(prototypes="many"), "prototypes='many'", "number"), (dict(prototypes=True), "prototypes=True", "number"),
-    (dict(prototypes=None), "prototypes=None", "32"), (dict(dist_weight=None), "dist_weight=None", "0.1"), (dict(anomaly_probability=None), "anomaly_probability=None", "1.0"), (dict(fusion=None), "fusion", "tr"), (dict(branches=None), "branches", "both"),
-    (dict(prototypes=2.5), "prototypes=2.5", "number"), (dict(memory="cluster", groups=1.5), "groups=1.5", "number"), (dict(branches="bth", fusion="sum"), "branches 'bth'", "both"),
+    (MEMORY | dict(prototypes=0), "prototypes=0", "1"), (dict(dist_weight=-.1), "dist_weight=-0.1", "0"), (dict(dist_weight=float("nan")), "dist_weight=nan", "0"), (dict(anomaly_probability=1.5), "anomaly_probability=1.5", "0 to 1"),
+    (dict(memory="cluster", groups=0), "groups=0", "1"), (MEMORY | dict(prototypes="many"), "prototypes='many'", "number"), (MEMORY | dict(prototypes=True), "prototypes=True", "number"),
+    (MEMORY | dict(prototypes=None), "prototypes=None", "32"), (dict(dist_weight=None), "dist_weight=None", "0.1"), (dict(anomaly_probability=None), "anomaly_probability=None", "1.0"), (dict(fusion=None), "fusion", "tr"), (dict(branches=None), "branches", "both"),
+    (MEMORY | dict(prototypes=2.5), "prototypes=2.5", "number"), (dict(memory="cluster", groups=1.5), "groups=1.5", "number"), (dict(branches="bth", fusion="sum"), "branches 'bth'", "both"),
 ], ids=lambda v: " ".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "")
 def test_what_cannot_be_is_refused_with_its_reason(small, options, option, why):
     with pytest.raises(SpecError) as e: create_detector("mddnet", small, classes=2, **options)
     assert option in str(e.value) and why in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(SpecError): prepare(make_spec(**SMALL, detector="mddnet", options=options))
 
-IMPLIED = [(dict(), full_options("mddnet", {})), (dict(branches="restoration"), dict(fusion="tr", dist_weight=None, bottleneck=None, memory="class", memory_at="restoration", groups=None)),
-           (dict(branches="distillation", memory="none"), dict(anomaly_probability=None, textures=None, prototypes=None, read=None, memory_at=None)), (dict(memory_at="both"), dict(bottleneck="shared")),
+IMPLIED = [(dict(), full_options("mddnet", {})), (dict(branches="restoration"), dict(fusion="tr", dist_weight=None, bottleneck=None, memory="none", memory_at=None, groups=None)),
+           (dict(branches="distillation", memory="none"), dict(anomaly_probability=None, textures=None, prototypes=None, read=None, memory_at=None)), (MEMORY | dict(memory_at="both"), dict(bottleneck="shared")), (MEMORY | dict(branches="restoration"), dict(memory_at="restoration")),
            (dict(fusion="product"), dict(scale="raw")), (dict(memory="cluster"), dict(groups=None)), (dict(memory=None), dict(memory="none", prototypes=None)),
            # JSON tells 1 from 1.0, the identity does not
            (dict(), dict(anomaly_probability=1)), (dict(dist_weight=0), dict(dist_weight=0.))]
@@ -298,9 +300,9 @@ def test_one_method_has_one_id(options, spelled):
 
 def test_other_options_are_other_ids():
     of = lambda **o: prepare(make_spec(**SMALL, detector="mddnet", options=o))
-    runs = [of(), of(memory="none"), of(memory="shared"), of(memory="cluster"), of(memory="cluster", groups=2), of(read="replace"), of(memory_at="both"), of(bottleneck="shared"), of(decoder="light"), of(dist_weight=0), of(branches="restoration")]
+    runs = [of(), of(memory="class"), of(memory="shared"), of(memory="cluster"), of(memory="cluster", groups=2), of(memory="class", read="replace"), of(memory="class", memory_at="both"), of(bottleneck="shared"), of(decoder="light"), of(dist_weight=0), of(branches="restoration")]
     assert len({p.id for p in runs}) == len({p.trained for p in runs}) == len(runs)
-    test = [of(), of(fusion="tr"), of(fusion="ri"), of(scale="normal"), of(fusion="product")]
+    test = [of(), of(fusion="sum"), of(fusion="ri"), of(scale="normal"), of(fusion="product")]
     assert len({p.id for p in test}) == len(test) and len({p.trained for p in test}) == 1
     assert of(branches="restoration").trained != of().trained and of(branches="distillation").trained == of(branches="distillation", scale="normal").trained
 

@@ -26,7 +26,7 @@ def test_mirror_has_the_teachers_shapes_and_range(pyramid):
 def test_contract(pyramid, name):
     "Maps at the input's size, deterministic, one image at a time the same as in a batch; nothing of the backbone saved or changed."
     before = hash_weights(pyramid); torch.manual_seed(0)
-    d = create_detector(name, pyramid, classes=3).train()
+    d = create_detector(name, pyramid, classes=3, **dict(mddnet=dict(memory="class", fusion="sum")).get(name, {})).train()
     f = [pyramid(torch.rand(4, 3, 64, 64)) for _ in range(2)]
     batch = dict(features=f[0], features_abnormal=f[1], mask=torch.rand(4, 64, 64) > .7, cls=torch.tensor([0, 1, 2, 0]))
     with torch.no_grad(): d.on_epoch(0, [batch])
@@ -47,12 +47,12 @@ def test_save_and_load_give_the_same_maps():
         assert not torch.equal(one(x).map, two(x).map)
         two.load_state_dict(one.state_dict()); assert torch.equal(one(x).map, two(x).map)
 
-@pytest.mark.parametrize("options", [dict(memory="none"), dict(bottleneck="shared"), dict(dist_weight=0), dict(fusion="product"), dict(prototypes=1)])
+@pytest.mark.parametrize("options", [dict(), dict(memory="class", bottleneck="shared"), dict(dist_weight=0), dict(fusion="product"), dict(memory="class", prototypes=1)])
 def test_mddnet_options(options):
     b = Backbone("resnet18", "random", [1, 2]); d = create_detector("mddnet", b, classes=2, **options)
     f = b(torch.rand(2, 3, 64, 64)); terms = d.losses(dict(features=f, features_abnormal=f, mask=torch.zeros(2, 64, 64, dtype=torch.bool), cls=torch.tensor([0, 1])))
     assert ("class" in terms) == (d.bank is not None) and ("dist" in terms) == (options.get("dist_weight") != 0)
-    assert ("cls" in d.needs) == (options.get("memory") != "none")
+    assert ("cls" in d.needs) == (options.get("memory") == "class")
     with torch.no_grad(): assert d.eval()(torch.rand(1, 3, 64, 64)).map.shape == (1, 64, 64)
 
 @pytest.mark.parametrize("options", [dict(memory="classy"), dict(bottleneck="none"), dict(fusion="max"), dict(prototype=3), dict(anomaly_probability=2.), dict(prototypes=0), dict(dist_weight=-1.)])

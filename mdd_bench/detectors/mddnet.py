@@ -66,7 +66,7 @@ class Memory(nn.Module):
 FUSIONS = dict(tr=lambda tr, ri: tr, ri=lambda tr, ri: ri, sum=lambda tr, ri: tr + ri, product=lambda tr, ri: tr*ri)
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #2db4b5f3
-WORDS = dict(branches=("both", "restoration", "distillation"), bottleneck=("separate", "shared"), decoder=tuple(PAIRS), memory=("class", "none", "shared", "cluster"),
+WORDS = dict(branches=("both", "restoration", "distillation"), bottleneck=("separate", "shared"), decoder=tuple(PAIRS), memory=("none", "class", "shared", "cluster"),
              memory_at=("restoration", "both"), read=("concat", "replace"), fusion=tuple(FUSIONS), scale=("raw", "normal"))
 
 def check_options(o: dict):
@@ -143,12 +143,12 @@ class MDDNet(Detector):
         bottleneck: str = "separate",       # separate | shared
         decoder: str = "mirror",            # mirror | light
         dist_weight: float = 0.1,           # of L_dist; 0 leaves it out
-        memory: str = "class",              # class | none | shared | cluster
+        memory: str = "none",               # none | class | shared | cluster
         memory_at: str = "restoration",     # restoration | both: before which decoder
         read: str = "concat",               # concat | replace
         prototypes: int = 32,               # per group
         groups: int = None,                 # with memory=cluster; None: chosen from the data
-        fusion: str = "sum",                # tr | ri | sum | product
+        fusion: str = "tr",                 # tr | ri | sum | product
         scale: str = "raw",                 # raw | normal
         anomaly_probability: float = 1.0,   # share of training images that get a defect
         textures: str = "procedural",       # what defects are made of: see data.defects
