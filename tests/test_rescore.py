@@ -1,5 +1,5 @@
 "Protocols after the run: from the kept model and only from the right one; long classes stream."
-import shutil, weakref
+import json, shutil, weakref
 from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
@@ -58,6 +58,8 @@ def test_another_model_is_noticed(made, tmp_path, no_training):
     spec, record, out = made
     file = copied(out, tmp_path)/"runs"/record.id/"model.safetensors"
     save_file({k: v + .1 if v.is_floating_point() else v for k, v in load_file(file).items()}, file)
+    with pytest.raises(StoreError, match="is not the model of record"): run(replace(spec, protocols=["ader"]), tmp_path/"copy")
+    path = file.parent/"record.json"; d = json.loads(path.read_text()); del d["provenance"]["model_hash"]; path.write_text(json.dumps(d))      # as records once were
     with pytest.raises(StoreError, match="does not give the scores of its record"): run(replace(spec, protocols=["ader"]), tmp_path/"copy")
     assert list(Store(tmp_path/"copy").load(record.id).metrics) == ["exact"]
 
