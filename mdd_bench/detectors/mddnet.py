@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'WORDS', 'distance_loss', 'Memory', 'check_options', 'left_over', 'Branches', 'mddnet_losses', 'moments',
-           'MDDNet']
+           'Remembering', 'MDDNet']
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #b2ea5541
 from pathlib import Path
@@ -131,8 +131,41 @@ def mddnet_losses(
 def moments(m): "Count, sum and sum of squares of a map, [3] in double precision."; m = m.double(); return torch.stack([torch.full_like(m.sum(), m.numel()), m.sum(), m.square().sum()])
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #58a5ebb6
+class Remembering(Detector):
+    "The part of a detector that keeps `self.branches.memory` and `self.groups`, if there are any, in order."
+    @property
+    def bank(self): return self.branches.memory.bank if self.branches.memory else None
+
+    def group_of(self, batch):
+        "Which group's prototypes training reads, [B]: the label's, the nearest centre's, or the only one's."
+        n, device = len(batch["features"][0]), batch["features"][0].device
+        return {"none": lambda: None, "class": lambda: batch["cls"], "cluster": lambda: self.groups(batch["features"]), "shared": lambda: torch.zeros(n, dtype=torch.long, device=device)}[self.memory]()
+
+    def param_groups(self):
+        items = [self.bank.items] if self.bank else []
+        rest = [p for p in self.parameters() if not any(p is q for q in items)]
+        return [dict(params=rest)] + [dict(params=items, lr=1e-3)]*bool(items)
+
+    def prepare(self, batches):
+        if self.groups: self.bank.resize(self.groups.fit(batches))
+
+    def on_epoch(self, epoch, batches):
+        memory = self.branches.memory
+        if memory and not memory.ready: memory.open(*(torch.cat(v) for v in zip(*((self.branches.bottleneck(b["features"]), self.group_of(b)) for b in batches))))
+        elif memory: memory.revive()
+
+    def facts(self):
+        if not self.bank: return {}
+        return dict(memory=dict(groups=len(self.bank.used), prototypes=self.bank.used.shape[1], dead=int((self.bank.used == 0).sum()), revived=int(self.branches.memory.revived)))
+
+    def load_state_dict(self, state, strict=True):
+        found = len(state["groups.centres"]) if self.groups else 0
+        if found and not found == len(self.groups) == len(self.bank.used): self.groups.resize(found); self.bank.resize(found)
+        return super().load_state_dict(state, strict)
+
+# %% ../../nbs/detectors/22_mddnet.ipynb #2e6f253b
 @register("mddnet")
-class MDDNet(Detector):
+class MDDNet(Remembering):
     "MDD-Net: restoration and identity decoders with a class-aware memory (arXiv 2504.14884, reconstructed; see the notebook for each choice)."
     revision = 2
     recipe = Recipe(epochs=100, batch=16, optimizer="adam", lr=5e-3, betas=(0.5, 0.999), drops=(0.8,))
@@ -163,30 +196,9 @@ class MDDNet(Detector):
         self.groups = Groups(backbone.channels, groups) if memory == "cluster" else None
         for name in ("centre", "spread"): self.register_buffer(name, torch.full((2, len(backbone.channels)), float(name == "spread")))
 
-    @property
-    def bank(self): return self.branches.memory.bank if self.branches.memory else None
-
-    def group_of(self, batch):
-        "Which group's prototypes training reads, [B]: the label's, the nearest centre's, or the only one's."
-        n, device = len(batch["features"][0]), batch["features"][0].device
-        return {"none": lambda: None, "class": lambda: batch["cls"], "cluster": lambda: self.groups(batch["features"]), "shared": lambda: torch.zeros(n, dtype=torch.long, device=device)}[self.memory]()
-
-    def param_groups(self):
-        items = [self.bank.items] if self.bank else []
-        rest = [p for p in self.parameters() if not any(p is q for q in items)]
-        return [dict(params=rest)] + [dict(params=items, lr=1e-3)]*bool(items)
-
-    def prepare(self, batches):
-        if self.groups: self.bank.resize(self.groups.fit(batches))
-
     def losses(self, batch):
         clean, seen = batch["features"], batch["features_abnormal"] if "pairs" in self.needs else batch["features"]
         return mddnet_losses(self.branches, clean, seen, batch.get("mask"), self.group_of(batch), self.dist_weight)
-
-    def on_epoch(self, epoch, batches):
-        memory = self.branches.memory
-        if memory and not memory.ready: memory.open(*(torch.cat(v) for v in zip(*((self.branches.bottleneck(b["features"]), self.group_of(b)) for b in batches))))
-        elif memory: memory.revive()
 
     def levels(self, features, ri=True):
         "Discrepancies by level, [B, H_i, W_i]: teacher-restoration and, with two decoders and where wanted, restoration-identity; and the group read from."
@@ -206,12 +218,3 @@ class MDDNet(Detector):
         if self.scale == "normal": maps = [[(m - c)/s for m, c, s in zip(*row)] for row in zip(maps, self.centre, self.spread)]
         name = {"class": "predicted_cls", "cluster": "group"}.get(self.memory)
         return Prediction(FUSIONS[self.fusion](*(fuse_levels(m, size) for m in (maps[0], maps[-1]))), extra={name: group} if name else {})
-
-    def facts(self):
-        if not self.bank: return {}
-        return dict(memory=dict(groups=len(self.bank.used), prototypes=self.bank.used.shape[1], dead=int((self.bank.used == 0).sum()), revived=int(self.branches.memory.revived)))
-
-    def load_state_dict(self, state, strict=True):
-        found = len(state["groups.centres"]) if self.groups else 0
-        if found and not found == len(self.groups) == len(self.bank.used): self.groups.resize(found); self.bank.resize(found)
-        return super().load_state_dict(state, strict)
