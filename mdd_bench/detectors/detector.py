@@ -24,7 +24,7 @@ class Prediction:
 # %% ../../nbs/detectors/20_detector.ipynb #2ae187ad
 @dataclass(frozen=True)
 class Recipe:
-    "A method's documented training: what a run uses where it sets nothing else."
+    "A method's documented training and features: what a run uses where it sets nothing else."
     epochs: int = 0
     batch: int = 16
     optimizer: str = "adam"               # adam | adamw
@@ -33,6 +33,8 @@ class Recipe:
     weight_decay: float = 0.
     drops: tuple = ()                     # fractions of the training after which lr is multiplied by 0.1
     clip: float | None = None             # largest gradient norm
+    backbone: str = "wide_resnet50_2"     # a timm model
+    strides: tuple = (4, 8, 16)           # of the feature levels
 
 # %% ../../nbs/detectors/20_detector.ipynb #790b2111
 class Detector(nn.Module):

@@ -34,10 +34,11 @@ def level_strides(
 
 def default_layers(
     strides: list[int],
+    wanted=(4, 8, 16),
 ) -> list[int]:  # indices into `strides`
-    "The levels of stride 4, 8, 16 (released code: RD4AD); where there are not all three, the last three levels."
-    found = [strides.index(s) for s in (4, 8, 16) if s in strides]
-    return found if len(found) == 3 else list(range(len(strides)))[-3:]
+    "The levels of the wanted strides (4, 8, 16: released code of RD4AD); where they are not all there, as many levels from the end."
+    found = [strides.index(s) for s in wanted if s in strides]
+    return found if len(found) == len(wanted) else list(range(len(strides)))[-len(wanted):]
 
 # %% ../../nbs/parts/10_backbone.ipynb #178bd818
 def read_weights(path) -> dict:

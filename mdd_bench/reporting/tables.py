@@ -24,8 +24,8 @@ def settings(
     return flat | {k: record.provenance.get(k) for k in facts}
 
 # %% ../../nbs/reporting/61_tables.ipynb #6f3c40fe
-OWN = ("detector", "revision", "epochs", "batch", "options")  # what a method brings, and may differ between named arms
-FOLLOWS = {**dict.fromkeys(OWN[1:], ("detector",)), "data_fingerprint": ("data", "classes"), "weights_hash": ("backbone", "weights")}
+OWN = ("detector", "revision", "epochs", "batch", "options", "backbone", "layers")  # what a method brings, and may differ between named arms
+FOLLOWS = {**dict.fromkeys(OWN[1:], ("detector",)), "layers": ("detector", "backbone"), "data_fingerprint": ("data", "classes"), "weights_hash": ("backbone", "weights", "layers")}
 
 def _parts(by): return [by] if isinstance(by, (str, dict)) else list(by)
 def _fields(by): return ["arm" if isinstance(part, dict) else part for part in _parts(by)]

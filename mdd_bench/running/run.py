@@ -28,14 +28,14 @@ from ..detectors.detector import create_detector, detector_class, full_options
 from ..errors import DataError, SpecError, StoreError
 from ..evaluation.metrics import mean_over_classes
 from ..evaluation.protocols import Judge, get_protocol
-from ..parts.backbone import Backbone, open_store
+from ..parts.backbone import Backbone, default_layers, level_strides, open_store
 from .spec import RunSpec
 from .store import Record, Store, read_record
 from .training import feed, seed_all, train
 
 # %% ../../nbs/running/52_run.ipynb #28e48e85
 @lru_cache(maxsize=4)
-def _backbone(name, weights, layers, stamp): return Backbone(name, weights, layers and list(layers))
+def _backbone(name, weights, layers, strides, stamp): return Backbone(name, weights, list(layers or default_layers(level_strides(name), strides)))
 
 def _data(data, classes, skip_broken):
     root = dataset_folder(data)
@@ -77,10 +77,10 @@ def prepare(
     for p in spec.protocols: get_protocol(p)
     catalog, fingerprint, skipped = _data(spec.data, spec.classes, spec.skip_broken)
     file = Path(spec.weights).expanduser()
-    backbone = _backbone(spec.backbone, spec.weights, spec.layers and tuple(spec.layers), file.stat().st_mtime_ns if file.is_file() else 0)
+    backbone = _backbone(spec.backbone or detector.recipe.backbone, spec.weights, spec.layers and tuple(spec.layers), detector.recipe.strides, file.stat().st_mtime_ns if file.is_file() else 0)
     with torch.device("meta"): create_detector(spec.detector, backbone, len(catalog.classes), **options)     # refuses impossible values, allocates nothing
     recipe = replace(detector.recipe, **{k: getattr(spec, k) for k in ("epochs", "batch") if getattr(spec, k) is not None})
-    canonical = asdict(spec) | dict(data=fingerprint, classes=catalog.classes, weights=backbone.hash, layers=backbone.layers, options=options,
+    canonical = asdict(spec) | dict(data=fingerprint, classes=catalog.classes, backbone=backbone.name, weights=backbone.hash, layers=backbone.layers, options=options,
                                     epochs=recipe.epochs, batch=recipe.batch, revision=detector.revision)
     return Prepared(spec, catalog, fingerprint, skipped, backbone, recipe, {k: v for k, v in canonical.items() if k not in ("protocols", "skip_broken")})
 
@@ -320,5 +320,5 @@ def run(
         if record: prepared = replace(prepared, spec=replace(spec, protocols=list(dict.fromkeys([*record.metrics, *spec.protocols]))))     # nothing that was known is lost
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         metrics, cost, facts = _train_and_test(prepared, folder, device, workers, store_gb, keep_model, Progress(folder, progress), model)
-        filled = asdict(prepared.spec) | {k: prepared.canonical[k] for k in ("classes", "layers", "options", "epochs", "batch", "revision")}
+        filled = asdict(prepared.spec) | {k: prepared.canonical[k] for k in ("classes", "backbone", "layers", "options", "epochs", "batch", "revision")}
         return results.write(Record(prepared.id, filled, metrics, cost, provenance(prepared) | facts | dict(started=started, finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))))

@@ -20,9 +20,9 @@ class RunSpec:
     classes: list[str] | None = _field(None, "product classes to use; none: all")
     size: int = _field(256, "images become size x size pixels")
     skip_broken: bool = _field(False, "leave unreadable images out instead of stopping")
-    backbone: str = _field("wide_resnet50_2", "a timm model that offers feature levels")
+    backbone: str | None = _field(None, "a timm model that offers feature levels; none: the detector's recipe")
     weights: str = _field("pretrained", "of the backbone: pretrained (timm's download), random, or a file")
-    layers: list[int] | None = _field(None, "feature levels to use; none: those of stride 4, 8, 16")
+    layers: list[int] | None = _field(None, "feature levels to use; none: those of the detector's recipe")
     detector: str = _field("mddnet", "see mdd_bench detectors")
     options: dict = _field({}, "of the detector, name=value")
     seed: int = _field(0, "decides weights, order, synthetic defects")
@@ -52,7 +52,7 @@ def as_list(v, item=str) -> list:
 
 def or_none(f): return lambda v: None if parse_value(v) is None else f(v)
 
-CONVERT = {str: str, int: as_int, int | None: or_none(as_int), bool: lambda v: {True: True, False: False}[parse_value(v)],
+CONVERT = {str: str, str | None: or_none(str), int: as_int, int | None: or_none(as_int), bool: lambda v: {True: True, False: False}[parse_value(v)],
            list[str]: as_list, list[str] | None: or_none(as_list), list[int] | None: or_none(lambda v: as_list(v, as_int)),
            dict: lambda v: {k: parse_value(x) for k, x in (v or {}).items()}}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'seed_all', 'feed', 'make_optimizer', 'set_rates', 'check_finite', 'train_step', 'save_checkpoint',
-           'load_checkpoint', 'History', 'train']
+           'load_checkpoint', 'History', 'Again', 'train']
 
 # %% ../../nbs/running/50_training.ipynb #3901292d
 import csv, math, os, random, time
@@ -111,6 +111,11 @@ class History:
     def add(self, epoch: int, step: int, terms: dict): self._line(dict(epoch=epoch, step=step, loss=sum(terms.values()), **terms))
 
 # %% ../../nbs/running/50_training.ipynb #d71e6cde
+class Again:
+    "Batches that can be iterated any number of times."
+    def __init__(self, make): self.make = make
+    def __iter__(self): return self.make()
+
 def train(
     detector,
     rows: Rows,                    # the training images
@@ -125,10 +130,10 @@ def train(
     progress=lambda stage, done, total: None,
 ):
     "Train in place, resuming from the folder's checkpoint; raises `TrainingError` on a non-finite loss."
-    passes = lambda epoch: feed(detector, rows, recipe.batch, seed, epoch, store, workers, device)
+    passes = lambda epoch=None: feed(detector, rows, recipe.batch, seed, epoch, store, workers, device)
     def hook(f, *args):
         detector.eval()
-        with torch.no_grad(): f(*args, passes(None))
+        with torch.no_grad(): f(*args, Again(passes))
     seed_all(seed); hook(detector.prepare)
     if not recipe.epochs: hook(detector.finish); return
     optimizer, checkpoint = make_optimizer(detector, recipe), folder and Path(folder)/"checkpoint.pt"
