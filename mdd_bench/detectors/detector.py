@@ -89,7 +89,7 @@ def list_detectors(pattern: str = "*") -> list[str]:
 def same_kind(value, default):
     "1 and 1.0 are one value, written as the default is: with a point or without."
     if isinstance(value, bool) or not isinstance(value, (int, float)): return value
-    return float(value) if isinstance(default, float) else int(value) if value == int(value) else value
+    return float(value) if isinstance(default, float) else int(value) if float(value).is_integer() else value
 
 def known_options(name: str) -> dict:
     "The options of a detector with their defaults; raises `SpecError` for an unknown name."

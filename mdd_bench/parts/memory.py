@@ -9,6 +9,7 @@ __all__ = ['PrototypeMemory', 'class_logits', 'read_memory', 'memory_losses', 'i
 import torch
 import torch.nn.functional as F
 from torch import nn
+from .bank import coreset, nearest
 from .clustering import spherical_kmeans
 
 # %% ../../nbs/parts/12_memory.ipynb #09127435
