@@ -12,7 +12,7 @@ from ..errors import SpecError
 # %% ../../nbs/parts/11b_bank.ipynb #bf8ecc65
 def _meet(far, x, norm, new):
     "Lower `far` in place to the squared distances from the rows `new`."
-    c, at_once = x[new].float(), max(1, 2**23//len(new))
+    c, at_once = x[new].float(), min(2**16, max(1, 2**23//len(new)))
     for i in range(0, len(x), at_once):
         s = slice(i, i + at_once)
         d = torch.addmm(norm[new], x[s].float(), c.T, alpha=-2).amin(1).add_(norm[s])
@@ -21,13 +21,13 @@ def _meet(far, x, norm, new):
 
 def _farthest(far, x, norm, most, zero, block):
     "The next greedy picks, at most `most`, as long as the `block` farthest rows can tell; [] when every row is covered."
-    least = far.topk(min(block, len(far))).values[-1].clamp(min=zero)
+    least = far.topk(min(block, len(far))).values[-1]
     at = torch.cat([(far > least).nonzero()[:, 0], (far == least).nonzero()[:, 0]])[:block].sort().values
     c, own, new = x[at].float(), far[at], []
     between = torch.addmm(norm[at], c, c.T, alpha=-2).add_(norm[at][:, None])
     while len(new) < min(most, len(at)):
         i = int(own.argmax())
-        if own[i] < least: break
+        if own[i] < least or own[i] <= zero: break
         new.append(int(at[i])); own = torch.minimum(own, between[i]); own[i] = 0
     return new
 
@@ -38,10 +38,12 @@ def k_centres(
     k: int,             # how many
     block: int = 1024,  # candidates that are kept up to date
 ):                      # [k] row numbers in the order they were chosen; fewer if fewer rows are distinct
-    "Greedy k-centre (Gonzalez 1985; PatchCore algorithm 1), from the row with the largest norm (ours: no draw, so the order of the rows does not matter)."
+    "Greedy k-centre (Gonzalez 1985; PatchCore algorithm 1), from the row farthest from the mean (ours: no draw, and the order of the rows does not matter)."
     norm = torch.cat([part.float().square().sum(1) for part in x.split(2**16)])
     if not torch.isfinite(norm).all(): raise SpecError("patch features are not finite, or too large for half precision", "use other --weights or --layers")
-    far, chosen, new = torch.full_like(norm, float("inf")), [], [int(norm.argmax())]
+    mean = sum(part.float().sum(0) for part in x.split(2**16))/len(x)
+    from_mean = norm - 2*torch.cat([part.float() @ mean for part in x.split(2**16)])      # squared, and the same for all: |mean|^2
+    far, chosen, new = torch.full_like(norm, float("inf")), [], [int(from_mean.argmax())]
     while new:
         _meet(far, x, norm, new); chosen += new
         new = _farthest(far, x, norm, k - len(chosen), 1e-6*norm.max(), block) if len(chosen) < k else []

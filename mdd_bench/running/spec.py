@@ -59,7 +59,7 @@ def as_list(v, item=str) -> list:
 
 def or_none(f): return lambda v: None if parse_value(v) is None else f(v)
 
-CONVERT = {str: str, str | None: or_none(str), int: as_int, int | None: or_none(as_int), int | str | None: or_none(as_epochs), bool: lambda v: {True: True, False: False}[parse_value(v)],
+CONVERT = {str: str, str | None: or_none(str), int: as_int, float: float, int | None: or_none(as_int), int | str | None: or_none(as_epochs), bool: lambda v: {True: True, False: False}[parse_value(v)],
            list[str]: as_list, list[str] | None: or_none(as_list), list[int] | None: or_none(lambda v: as_list(v, as_int)),
            dict: lambda v: {k: parse_value(x) for k, x in (v or {}).items()}}
 

@@ -1,0 +1,136 @@
+"The bank: greedy picks by the plain algorithm, projections and batches, nearest neighbours by brute force, the study that times them."
+import json
+import numpy as np
+import pytest, torch
+from mdd_bench.errors import SpecError
+from mdd_bench.parts import memory
+from mdd_bench.parts.bank import coreset, how_many, k_centres, nearest, project, take
+from mdd_bench.running.sweep import execute_study, load_study
+
+def noise(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+def plain(x, k):
+    "Greedy k-centre as it is written down, in double precision, from the row farthest from the mean; ties to the lowest row."
+    x = x.double().numpy()
+    chosen = [int(((x - x.mean(0))**2).sum(1).argmax())]
+    far = ((x - x[chosen[0]])**2).sum(1)
+    while len(chosen) < k: chosen.append(int(far.argmax())); far = np.minimum(far, ((x - x[chosen[-1]])**2).sum(1))
+    return chosen
+
+SETS = dict(noise=noise(700, 20), clusters=torch.cat([noise(300, 8, s)*.05*s + 3*noise(1, 8, 40 + s) for s in range(1, 4)]), line=noise(400, 1), shifted=noise(500, 5) + 50, few=noise(7, 3))
+
+@pytest.mark.parametrize("block", [1, 2, 17, 1024])
+@pytest.mark.parametrize("name", SETS)
+def test_the_picks_are_the_plain_algorithms(name, block):
+    x = SETS[name] - SETS[name].mean(0); k = min(len(x), 30 if name == "line" else 150)
+    assert k_centres(x, k, block).tolist() == plain(x, k)
+
+@pytest.mark.parametrize("block", [1, 3, 10, 1024])
+def test_ties_go_to_the_lowest_row(block):
+    "A lattice: nearly all distances are equal, and exact."
+    x = torch.cartesian_prod(*[torch.arange(-2., 3.)]*3)
+    assert k_centres(x, 60, block).tolist() == plain(x, 60)
+
+def test_half_precision_rows_are_chosen_as_they_are():
+    x = noise(600, 12).half()
+    assert k_centres(x, 100).tolist() == plain(x.float(), 100)
+
+def test_no_row_twice_and_none_that_is_covered():
+    assert len(k_centres(torch.full((40, 4), 3.), 10)) == 1
+    assert len(k_centres(torch.zeros(40, 4), 10)) == 1
+    doubled = noise(30, 4).repeat(3, 1)
+    assert sorted(x % 30 for x in k_centres(doubled, 90).tolist()) == list(range(30))
+    assert sorted(k_centres(noise(50, 3), 50).tolist()) == list(range(50)) == sorted(k_centres(noise(50, 3), 80).tolist())
+
+def test_the_order_of_the_rows_does_not_matter():
+    x, order = noise(900, 10), torch.randperm(900, generator=torch.Generator().manual_seed(1))
+    assert order[k_centres(x[order], 120)].tolist() == k_centres(x, 120).tolist()
+
+def test_greedy_is_within_twice_the_best():
+    "Nine tight clusters, nine centres: the best radius is that of a cluster."
+    x = torch.cat([20*noise(1, 6, s) + .1*noise(60, 6, 100 + s) for s in range(9)])
+    assert len({i//60 for i in k_centres(x, 9).tolist()}) == 9
+    assert nearest(x, x[k_centres(x, 9)])[0].max() <= 2*max((x[60*i:60*i + 60] - x[60*i:60*i + 60].mean(0)).norm(dim=1).max() for i in range(9))
+
+def test_how_many_rows():
+    assert [how_many(n, r) for n, r in ((100, .29), (100, .1), (3, .1), (199, .01), (50, 1.))] == [29, 10, 1, 1, 50]
+    assert len(coreset(noise(100, 4), .29)) == 29
+
+@pytest.mark.parametrize("ratio", [0, -1, 1.5, float("nan")])
+def test_a_ratio_that_is_none_is_refused(ratio):
+    with pytest.raises(SpecError, match="coreset ratio"): coreset(noise(10, 3), ratio)
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_features_that_half_precision_cannot_hold_are_refused(bad):
+    x = noise(50, 3); x[20, 1] = bad
+    with pytest.raises(SpecError, match="not finite"): coreset(x, .1)
+
+def test_a_projection_keeps_distances_and_is_drawn_from_the_generator():
+    x = noise(300, 512); draw = lambda seed: project([x], 256, torch.Generator().manual_seed(seed))
+    small = draw(0).float()
+    assert small.shape == (300, 256) and draw(0).dtype == torch.float16 and torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    assert ((torch.cdist(small, small)/torch.cdist(x, x))[~torch.eye(300, dtype=torch.bool)] - 1).abs().max() < .25
+    assert project([x], None).shape == (300, 512) and project([x[:, :100]], 256).shape == (300, 100)
+
+def test_features_may_come_in_batches_and_are_read_once():
+    x, read = noise(1000, 30), []
+    def batches():
+        for part in x.split(170): read.append(len(part)); yield part
+    small = project(batches(), None)
+    assert sum(read) == 1000 and torch.allclose(small.float(), x - x[:170].mean(0), atol=4e-3)
+    picks = k_centres(small, 50)
+    assert torch.equal(take(batches(), picks), x[picks.sort().values])
+    assert set(coreset(batches(), .05).tolist()) == set(picks.tolist())
+
+def test_memory_is_bounded():
+    "Neither a square of the rows nor a whole copy in single precision is ever there: largest tensor seen, in bytes."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Watch(TorchDispatchMode):
+        most = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            result = f(*args, **kwargs or {})
+            for t in result if isinstance(result, (tuple, list)) else [result]:
+                if torch.is_tensor(t) and t.untyped_storage().nbytes() > self.most: self.most = t.untyped_storage().nbytes()
+            return result
+    x = noise(400_000, 64).half()
+    with Watch() as w: k_centres(x, 300)
+    assert w.most <= max(x.nbytes, 2**26), w.most          # the rows themselves
+
+@pytest.mark.parametrize("k", [1, 3, 20, 60])
+def test_nearest_neighbours_by_brute_force(k):
+    rows, bank = noise(90, 7), noise(40, 7, 1)
+    distance, index = nearest(rows, bank, k)
+    true = np.sqrt(((rows.double().numpy()[:, None] - bank.double().numpy())**2).sum(2))
+    assert distance.shape == index.shape == (90, min(k, 40)) and np.allclose(distance, np.sort(true, 1)[:, :k], atol=1e-4)
+    assert np.allclose(np.take_along_axis(true, index.numpy(), 1), distance, atol=1e-4)
+
+def test_a_row_of_the_bank_is_its_own_neighbour_at_zero():
+    bank = noise(500, 64) + 100
+    distance, index = nearest(bank, bank)
+    assert distance.max() == 0 and index[:, 0].tolist() == list(range(500))
+
+def test_nearest_in_blocks_is_the_same():
+    rows, bank = noise(3000, 16), noise(9000, 16, 1)           # several blocks
+    whole, parts = nearest(rows, bank, 2), [nearest(r, bank, 2) for r in rows.split(500)]
+    assert torch.equal(whole[1], torch.cat([p[1] for p in parts])) and torch.equal(whole[0], torch.cat([p[0] for p in parts]))
+
+def test_the_memory_module_has_them_too(): assert memory.coreset is coreset and memory.nearest is nearest
+
+SMOKE = dict(rows=1000, dim=16, ratio=.02, repeats=1, threads=1)
+
+def test_the_study_without_peers(tmp_path, monkeypatch):
+    monkeypatch.setenv("MDD_BENCH_PEERS", str(tmp_path/"nowhere"))
+    execute_study(load_study("coreset", **SMOKE), tmp_path/"out")
+    text = (tmp_path/"out"/"coreset.md").read_text()
+    assert "| anomalib | not installed |" in text and "times faster than plain greedy" in text and text.count("| 20 |") == 4 and str(tmp_path) not in text
+    assert {"coreset.csv", "coreset.ipynb", "coreset.md", "coreset.png"} <= {f.name for f in (tmp_path/"out").iterdir()}
+
+def test_the_study_with_a_peer(tmp_path, monkeypatch):
+    peer = tmp_path/"python"; peer.write_text(f"#!/bin/sh\necho '{json.dumps(dict(seconds=[9.], chosen=[0, 1, 2], versions={'anomalib': '9.9'}))}'\n"); peer.chmod(0o755)
+    monkeypatch.setenv("MDD_BENCH_PEERS", str(peer))
+    execute_study(load_study("coreset", **SMOKE), tmp_path/"out")
+    text = (tmp_path/"out"/"coreset.md").read_text()
+    assert "| anomalib | 3 | 9.00 (9.00-9.00) | 1 |" in text and "anomalib 9.9" in text
+
+def test_bad_parameters_of_the_study(tmp_path):
+    with pytest.raises(SpecError, match="does not fit"): load_study("coreset", rows="many")
