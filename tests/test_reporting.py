@@ -255,6 +255,11 @@ def test_caption_shouts_when_any_weights_are_random(weights):
     assert text.startswith("**RANDOM backbone weights: no comparison with published numbers.**")
 
 
+def test_caption_names_the_detectors_that_nobody_has_compared_with_their_paper():
+    assert caption([record("a"), record("b", provenance=dict(verified="table 2")), record("c")]).endswith(" Not verified against published numbers: a, c.")
+    assert "verified" not in caption([record("b", provenance=dict(verified="table 2"))])
+
+
 def test_caption_names_the_labels():
     assert "Labelled anomalies: 5, scheme general" in caption([record(labelled=5, scheme="general")])
     assert "Labelled" not in caption([record(labelled=0)])

@@ -41,6 +41,7 @@ class Detector(nn.Module):
     "A method: frozen features in, anomaly map out. Subclasses set `recipe`, `needs`, `revision` and write `losses` and `predict`."
     revision = 1              # raised whenever the method's numbers change
     recipe = Recipe()
+    verified = None           # with which published numbers ours were found to agree, if they were compared
     needs = frozenset()       # "image", "pairs", "cls"
     defects = None            # with "pairs": keywords of mdd_bench.data.defects.Defects
     at_test = frozenset()     # options that only `predict` reads: runs that differ in nothing else share their weights

@@ -175,10 +175,12 @@ def caption(
     setting = f", {say('setting')}" if "setting" in records[0].spec else ""
     labels = f" Labelled anomalies: {say('labelled')}, scheme {say('scheme')}." if any(r.spec.get("labelled") for r in records) else ""
     repeated = any(len(rs) > 1 for rs in arms(records, by).values())
+    unverified = ", ".join(dict.fromkeys(str(settings(r).get("detector")) for r in records if not r.provenance.get("verified")))
     return (("**RANDOM backbone weights: no comparison with published numbers.** " if random else "")
         + f"Data {say('data')}: {counts} classes{setting}, size {say('size')} px. Backbone {say('backbone')}, weights {say('weights')}, layers {say('layers')}. "
         + f"Epochs {say('epochs')}, batch {say('batch')}, seeds {say('seed')}" + (" (mean ± sample standard deviation)." if repeated else " (a single seed has no deviation).")
-        + f"{labels} Protocol `{protocol}`, mean over classes, in percent. F1max uses the best threshold on the test set. Data fingerprint {say('data_fingerprint')}.")
+        + f"{labels} Protocol `{protocol}`, mean over classes, in percent. F1max uses the best threshold on the test set. Data fingerprint {say('data_fingerprint')}."
+        + (f" Not verified against published numbers: {unverified}." if unverified else ""))
 
 # %% ../../nbs/reporting/61_tables.ipynb #d5d24a62
 def write_table(

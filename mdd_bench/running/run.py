@@ -191,7 +191,7 @@ def provenance(prepared: Prepared) -> dict:
     split = {s: hashlib.sha256("\n".join(sorted(t.path[t.split == s])).encode()).hexdigest()[:12] for s in ("train", "test")}
     versions = dict(mdd_bench=mdd_bench.__version__, python=platform.python_version(), torch=torch.__version__, timm=timm.__version__, numpy=np.__version__)
     return dict(seed=p.spec.seed, git_commit=git_commit(), versions=versions, threads=torch.get_num_threads(), data_fingerprint=p.fingerprint, split_hashes=split,
-                weights_hash=p.backbone.hash, altered=dict(images_skipped=p.skipped, files_ignored=p.catalog.ignored))
+                weights_hash=p.backbone.hash, verified=detector_class(p.spec.detector).verified, altered=dict(images_skipped=p.skipped, files_ignored=p.catalog.ignored))
 
 # %% ../../nbs/running/52_run.ipynb #b86c8990
 class Progress:
