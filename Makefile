@@ -25,7 +25,7 @@ notebooks: .venv/.installed
 	nbdev_export
 	python tests/notebooks.py
 
-# What the study `speed` is compared with, in an environment of its own, several gigabytes; adeval uses np.trapz, which numpy 2.4 has no longer.
+# What the studies `speed`, `coreset` and `parity` compare with, in an environment of its own, several gigabytes; adeval uses np.trapz, which numpy 2.4 has no longer.
 peers:
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check 'anomalib>=2.7,<3' 'adeval>=1.1,<2' 'numpy<2.4'

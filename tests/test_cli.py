@@ -72,15 +72,15 @@ def test_plain_sweep_goes_on_after_a_failure_and_skips_what_is_done(shell, data,
 def test_sweep_by_papermill(shell, tmp_path):
     "The demo's way, at smoke size: records with their notebooks, tables, pictures, the executed study."
     small = [x for k, v in SMALL.items() for x in ("-p", f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}")]
-    code, out, err = shell("sweep", "benchmark", *small, "-p", "seed=0", "--out", tmp_path)
+    code, out, err = shell("sweep", "benchmark", *small, "-p", "seed=0", "-p", "detector=rd4ad,patchcore", "--out", tmp_path)
     folder = tmp_path/"benchmark"
     assert code == 0, err
-    assert {p.name for p in folder.iterdir()} == {"benchmark.ipynb", "benchmark.md", "benchmark.csv", "benchmark_per_class.md", "benchmark_per_class.csv", "benchmark_bars.png", "benchmark_maps.png", "runs"}
+    assert {p.name for p in folder.iterdir()} == {"benchmark.ipynb", "benchmark.md", "benchmark.csv", "benchmark_per_class.md", "benchmark_per_class.csv", "benchmark_cost.csv", "benchmark_bars.png", "benchmark_maps.png", "runs"}
     assert len(list(folder.glob("runs/*/run.ipynb"))) == 2 and not list(folder.rglob("*.part*"))
     assert "| rd4ad |" in out and "RANDOM" in out and str(folder/"benchmark_bars.png") in out
     assert "1/2" in err and "2/2" in err
     for name in ("samples.npz", "history.csv", "run.ipynb"):                       # as in a clone: version control keeps records and scores
         for p in folder.glob(f"runs/*/{name}"): p.unlink()
     before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/record.json")}
-    code, out, err = shell("sweep", "benchmark", *small, "-p", "seed=0", "--out", tmp_path)
+    code, out, err = shell("sweep", "benchmark", *small, "-p", "seed=0", "-p", "detector=rd4ad,patchcore", "--out", tmp_path)
     assert code == 0 and "| rd4ad |" in out and {p: p.stat().st_mtime_ns for p in before} == before, err

@@ -12,7 +12,7 @@ import pytest
 
 from mdd_bench.errors import DataError, SpecError
 from mdd_bench.reporting.plots import bars, colours, curve, heatmap_grid, loss_curves, save, shared_scale
-from mdd_bench.reporting.tables import (METRICS, arms, caption, comparable, marks, per_class, scores_frame, settings, summary,
+from mdd_bench.reporting.tables import (METRICS, arms, caption, comparable, costs, marks, per_class, scores_frame, settings, summary,
                                         to_markdown, write_table)
 
 KEYS = (*METRICS, "I-FPR95", "P-FPR95", "P-FPR95-good")
@@ -253,6 +253,16 @@ def test_caption_says_what_the_numbers_are_of():
 def test_caption_shouts_when_any_weights_are_random(weights):
     text = caption([record(weights=w) for w in weights], by="weights")
     assert text.startswith("**RANDOM backbone weights: no comparison with published numbers.**")
+
+
+def test_costs_are_medians_as_recorded():
+    cost = lambda s, device="cpu": dict(prepare_s=1, train_s=s, test_s=2, ms_per_image=8, parameters_trained=2e6, bytes_test_without_backbone=3*2**20, device=device)
+    rs = [record("a", s) for s in range(3)] + [record("b", 0)]
+    for r, c in zip(rs, (cost(10), cost(90), cost(20), cost(5, "gpu"))): r.cost = c
+    table = costs(rs)
+    assert table.loc["a"].tolist() == [21, 2, 8, 2, 3, "cpu", 3] and table.loc["b", "training, s"] == 6 and table.loc["b", "device"] == "gpu"
+    assert list(costs(rs, {r.id: r.id for r in rs}).index) == [r.id for r in rs]
+    with pytest.raises(SpecError): costs([record("a"), record("b", size=256)])
 
 
 def test_caption_names_the_detectors_that_nobody_has_compared_with_their_paper():
