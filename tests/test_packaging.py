@@ -25,7 +25,7 @@ def test_the_wheel_is_what_is_imported(installed):
 
 def test_the_command_sweeps_at_smoke_size(installed):
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    args = ["-p", "data=embedded-v1-smoke", "-p", "classes=gear,tile", "-p", "size=64", "-p", "layers=1,2", "-p", "epochs=1", "-p", "seed=0"]
+    args = ["-p", "data=embedded-v1-smoke", "-p", "classes=gear,tile", "-p", "size=64", "-p", "layers=1,2", "-p", "epochs=1", "-p", "seed=0", "-p", "detector=rd4ad,mddnet"]
     got = subprocess.run([installed/"env"/"bin"/"mdd_bench", "sweep", "benchmark", *args], capture_output=True, text=True, cwd=installed, env=env)
     assert got.returncode == 0, got.stderr
     assert "| mddnet |" in got.stdout and (installed/"results"/"benchmark"/"benchmark.ipynb").is_file() and len(list((installed/"results"/"benchmark"/"runs").glob("*/record.json"))) == 2

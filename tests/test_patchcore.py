@@ -9,7 +9,7 @@ from mdd_bench.parts.bank import nearest
 from mdd_bench.parts.patches import as_rows, patch_features
 from mdd_bench.running.run import prepare, run
 from mdd_bench.running.spec import make_spec
-from tests.conftest import SMALL
+from conftest import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 

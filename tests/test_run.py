@@ -4,8 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest, torch
 from safetensors.torch import load_file
+from mdd_bench.detectors.detector import detector_class
 from mdd_bench.errors import DataError, SpecError, TrainingError
-from mdd_bench.running.run import prepare, run, sample_rows
+from mdd_bench.running.run import epochs_of, prepare, run, sample_rows
 from mdd_bench.running.spec import make_spec
 from mdd_bench.running.store import Store
 from mdd_bench.running.sweep import flags
@@ -120,3 +121,18 @@ def test_real_images(real, real_weights, tmp_path):
     "Two real classes, real weights, at a size that takes seconds: far from chance after two epochs."
     r = run(make_spec(data=str(real), classes="cookie,hazelnut_toy", backbone="resnet18", weights=str(real_weights), detector="rd4ad", size=64, epochs=4, batch=8), tmp_path)
     assert r.metrics["exact"]["mean"]["I-AUROC"] > .6 and r.spec["classes"] == ["cookie", "hazelnut_toy"]
+
+@pytest.mark.parametrize("detector, asked, epochs", [("rd4ad", "10%", 10), ("uniad", "10%", 100), ("patchcore", "10%", 0), ("patchcore", 5, 0), ("rd4ad", "0.1%", 1), ("rd4ad", "200%", 200), ("rd4ad", 7, 7), ("uniad", None, 1000)])
+def test_epochs_may_be_a_share_of_the_recipe(detector, asked, epochs): assert epochs_of(detector_class(detector).recipe, make_spec(epochs=asked).epochs) == epochs
+
+def test_a_share_and_its_number_are_one_run(): assert prepare(make_spec(**SMALL | dict(detector="rd4ad", epochs="3%"))).id == prepare(make_spec(**SMALL | dict(detector="rd4ad", epochs=3))).id
+
+@pytest.mark.parametrize("asked", ["0%", "-1%", "x%", "%", "nan%", "1.5", -1])
+def test_epochs_that_are_none(asked):
+    with pytest.raises(SpecError, match="epochs"): make_spec(epochs=asked)
+
+def test_a_detector_brings_its_own_backbone_and_levels():
+    "Where the run names none; naming them is the same run."
+    own = prepare(make_spec(**SMALL | dict(detector="uniad", backbone=None, layers=None)))
+    assert own.backbone.name == "efficientnet_b4" and own.backbone.strides == [2, 4, 8, 16] and own.canonical["backbone"] == "efficientnet_b4"
+    assert own.id == prepare(make_spec(**SMALL | dict(detector="uniad", backbone="efficientnet_b4", layers=[0, 1, 2, 3]))).id

@@ -32,11 +32,11 @@ def xavier(module):
 
 # %% ../../nbs/detectors/24_simplenet.ipynb #c01b8f46
 def truncated_loss(
-    true,           # scores of normal patches
-    fake,           # scores of counterfeits
+    true,           # scores of normal patches, any shape
+    fake,           # scores of counterfeits, any shape
     margin: float,  # th
-):                  # dict of two numbers
-    "Mean of what is missing to the margin on either side (SimpleNet, eq. 7)."
+):                  # dict of two numbers, to be summed
+    "Mean of what is missing to the margin on either side (SimpleNet, section 3.5)."
     return dict(normal=F.relu(margin - true).mean(), noise=F.relu(margin + fake).mean())
 
 # %% ../../nbs/detectors/24_simplenet.ipynb #c1304ecb
