@@ -61,7 +61,7 @@ class Detector(nn.Module):
     def on_epoch(self, epoch: int, batches): "After each epoch (from 0)."
     def finish(self, batches): "Once, after training."
     def facts(self) -> dict: "What a record should say of the trained model."; return {}
-    def losses(self, batch: dict) -> dict[str, Tensor]: raise SpecError(f"{type(self).__name__} has nothing to train", "run it with --epochs 0")
+    def losses(self, batch: dict) -> dict[str, Tensor]: raise SpecError(f"{type(self).__name__} has no losses", "write them, or give its recipe 0 epochs")
     def predict(self, features: list[Tensor], size) -> Prediction: raise SpecError(f"{type(self).__name__} has no predict", "write one")
     def forward(self, images) -> Prediction: return self.predict(self.backbone(images), tuple(images.shape[-2:]))
 
