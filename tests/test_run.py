@@ -109,7 +109,7 @@ def test_a_killed_run_is_run_again(tmp_path, signal_):
     "A run that dies in training leaves no record; the next attempt makes the record of an unbroken run."
     spec = make_spec(**SMALL | dict(epochs=40), detector="rd4ad")
     args = [sys.executable, "-c", "from mdd_bench.cli import main; main()", "run", *flags(spec), "--out", str(tmp_path)]
-    child = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # a shell's background jobs ignore it
     while not list(tmp_path.glob("runs/*/history.csv")) and child.poll() is None: time.sleep(.02)
     child.send_signal(signal_); assert child.wait() != 0
     assert not list(tmp_path.glob("runs/*/record.json"))

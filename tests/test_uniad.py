@@ -11,7 +11,7 @@ from mdd_bench.parts.backbone import Backbone
 from mdd_bench.running.run import prepare as prepare_run, run
 from mdd_bench.running.spec import make_spec
 from mdd_bench.running.training import make_optimizer, seed_all, train_step
-from tests.conftest import SMALL
+from conftest import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 
