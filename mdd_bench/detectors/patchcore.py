@@ -18,7 +18,7 @@ def image_score(
     distance,    # [B] how far
     bank,        # [M, D]
     at,          # [B] the bank's row that is nearest to it
-    neighbours:  int = 9,  # b
+    neighbours: int = 9,  # b
 ):               # [B]
     "The largest distance, weighted by how rare its nearest row is (PatchCore, eq. 7)."
     around = bank[nearest(bank[at], bank, neighbours)[1]]                    # [B, b, D], the row itself first

@@ -48,10 +48,10 @@ def as_int(v) -> int:
 
 def as_epochs(v):
     "A whole number, or a share as text: '10%'."
-    share = v.strip().removesuffix("%") if isinstance(v, str) else ""
-    if not isinstance(v, str) or share == v.strip(): return as_int(v)
-    if not 0 < float(share) < float("inf"): raise ValueError(v)
-    return f"{float(share):g}%"
+    if not (isinstance(v, str) and v.strip().endswith("%")): return as_int(v)
+    share = float(v.strip()[:-1])
+    if not 0 < share < float("inf"): raise ValueError(v)
+    return f"{share:g}%"
 
 def as_list(v, item=str) -> list:
     "'a,b', ['a', 'b'] or a single value, as a list of `item`."
