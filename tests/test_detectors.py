@@ -27,16 +27,29 @@ def images(n, seed=0, cls=0):
     waves = torch.stack([torch.sin(.5*(x*angle.cos() + y*angle.sin()) + 6.28*torch.rand(1, generator=g)) for _ in range(n)])
     return (.5 + .3*waves[:, None] + .05*torch.randn(n, 3, 64, 64, generator=g)).clamp(0, 1)
 
-def batches_of(backbone, needs, labels=(0, 0, 0, 0, 1, 1, 1, 1)):
+def batches_of(backbone, needs, labels=(0, 0, 0, 0, 1, 1, 1, 1), anomalies=True):
     "Two batches of eight images of two classes, with what `needs` asks and nothing else."
     made = []
     for seed in range(2):
         clean = torch.cat([images(4, seed, 0), images(4, seed + 10, 1)]); abnormal = clean.clone(); abnormal[:, :, 20:40, 24:44] = .5
         mask = torch.zeros(8, 64, 64, dtype=torch.bool); mask[:, 20:40, 24:44] = True
-        b = dict(features=backbone(clean), path=[f"{seed}{i}.png" for i in range(8)])
+        b = dict(features=backbone(clean), index=torch.arange(8*seed, 8*seed + 8), path=[f"{seed}{i}.png" for i in range(8)])
         if "pairs" in needs: b |= dict(image=clean, abnormal=abnormal, features_abnormal=backbone(abnormal), mask=mask)
         if "cls" in needs: b["cls"] = torch.tensor(labels)
+        if "labelled" in needs and anomalies: b["labelled"] = anomalies_of(backbone)
         made.append(b)
+    return made
+
+def anomalies_of(backbone):
+    "Three labelled anomalies; the mask of the third is a single pixel."
+    x, mask = images(3, 20, 0), torch.zeros(3, 64, 64); x[:, :, 20:40, 24:44] = .5; mask[:2, 20:40, 24:44] = 1; mask[2, 30, 30] = .6
+    return dict(features=backbone(x), index=torch.arange(3), path=[f"bad{i}.png" for i in range(3)], mask=mask)
+
+def hooked(backbone, needs, anomalies=True):
+    "What the hooks see: normal images, then labelled anomalies and textures for those who ask."
+    made = batches_of(backbone, needs, anomalies=anomalies)
+    if "labelled" in needs and anomalies: made.append(anomalies_of(backbone))
+    if "textures" in needs: made.append(dict(features=backbone(torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(5))), index=torch.arange(6), path=[f"texture {i}" for i in range(6)], texture=True))
     return made
 
 @cache
@@ -45,10 +58,11 @@ def trained(variant, on="small", seed=0, copy=0):
     (name, options), backbone, epochs = VARIANTS[variant], pyramid(on), 2
     seed_all(seed)
     d = create_detector(name, backbone, classes=2, **options)
-    batches, recipe = batches_of(backbone, d.needs), d.recipe
+    anomalies, recipe = not variant.endswith("no labels"), d.recipe
+    batches = batches_of(backbone, d.needs, anomalies=anomalies)
     def hook(f, *args):
         d.eval()
-        with torch.no_grad(): f(*args, batches)
+        with torch.no_grad(): f(*args, hooked(backbone, d.needs, anomalies))
     hook(d.prepare)
     if recipe.epochs:
         optimizer = make_optimizer(d, recipe)
@@ -86,7 +100,7 @@ def test_gradients_only_where_they_belong(variant, on):
     "All that is given to the optimizer gets a gradient, all that could get one is given to it, once; the backbone gets none."
     d = deepcopy(trained(variant, on)).train()
     if not d.recipe.epochs: assert not list(d.parameters()); return
-    b = batches_of(pyramid(on), d.needs)[0]
+    b = batches_of(pyramid(on), d.needs, anomalies=not variant.endswith("no labels"))[0]
     for q in d.parameters(): q.grad = None
     sum(d.losses(b).values()).backward()
     given = [q for g in d.param_groups() for q in g["params"]]
@@ -98,7 +112,7 @@ def test_gradients_only_where_they_belong(variant, on):
 def test_no_label_is_read_unless_asked_for(variant):
     "Batches have no `cls` but for those who ask; the prediction is given features alone."
     d, options = trained(variant), VARIANTS[variant][1]
-    assert ("cls" in d.needs) == ("class" in (options.get("memory"), options.get("coreset_scope"))) and d.needs <= {"image", "pairs", "cls"}
+    assert ("cls" in d.needs) == ("class" in (options.get("memory"), options.get("coreset_scope"))) and d.needs <= {"image", "pairs", "cls", "labelled", "textures"}
     assert list(inspect.signature(d.predict).parameters) == ["features", "size"]
 
 @every_variant

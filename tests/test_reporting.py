@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from mdd_bench.errors import DataError, SpecError
-from mdd_bench.reporting.plots import bars, colours, curve, heatmap_grid, loss_curves, save, shared_scale
-from mdd_bench.reporting.tables import (METRICS, arms, caption, comparable, costs, marks, per_class, scores_frame, settings, summary,
-                                        to_markdown, write_table)
+from mdd_bench.reporting.plots import bars, colours, curve, heatmap_grid, loss_curves, save, shared_scale, transfer_map
+from mdd_bench.reporting.tables import (METRICS, arms, caption, comparable, costs, marks, per_class, scores_frame, seen_and_unseen, settings, summary,
+                                        to_markdown, transfer, write_table)
 
 KEYS = (*METRICS, "I-FPR95", "P-FPR95", "P-FPR95-good")
 IDS = itertools.count()
@@ -271,8 +271,39 @@ def test_caption_names_the_detectors_that_nobody_has_compared_with_their_paper()
 
 
 def test_caption_names_the_labels():
-    assert "Labelled anomalies: 5, scheme general" in caption([record(labelled=5, scheme="general")])
+    drawn = dict(labels=dict(test_hash="t"), test_counts=dict(x=[4, 7], y=[3, 5]))
+    says = caption([record(labelled=5, scheme="pooled", label_seed=0, hold_out=10, provenance=drawn)])
+    assert "Labelled anomalies: 5, scheme pooled, label seeds 0; those of N = 10 are in no arm's test. Test images, good + anomalous: x 4 + 7, y 3 + 5." in says
     assert "Labelled" not in caption([record(labelled=0)])
+
+def labelled(n, seed, label_seed, test, kinds=None, **values):
+    return record(seed=seed, labelled=n, label_seed=label_seed, provenance=dict(labels=dict(test_hash=test, kinds=kinds or {})), **values)
+
+def test_within_a_label_seed_all_arms_share_the_test_images():
+    fair = [labelled(n, s, s, f"t{s}") for n in (0, 5) for s in (0, 1)]
+    assert summary(fair, "labelled")["n"].tolist() == [2, 2]
+    with pytest.raises(SpecError, match="different images"): summary(fair[:3] + [labelled(5, 1, 1, "t0")], "labelled")
+    many = [labelled(n, s, d, f"t{d}") for n in (0, 5) for s in (0, 1) for d in (0, 1)]                 # both seeds are averaged over
+    assert summary(many, "labelled")["n"].tolist() == [4, 4]
+    with pytest.raises(SpecError, match="label seed 1 occurs 2 times"): summary(many + [labelled(5, 0, 1, "t1")], "labelled")
+
+def test_seen_and_unseen_kinds_are_averaged_in_classes_that_have_both():
+    r = labelled(5, 0, 0, "t", kinds=dict(x=["a"], y=["c"]))
+    m = lambda v: dict.fromkeys(KEYS, v)
+    r.metrics["exact"]["per_kind"] = dict(x=dict(a=m(.9), b=m(.5), d=m(.7)), y=dict(c=m(.3)), z=dict(e=m(.1)))
+    row = seen_and_unseen([r], "labelled", ["P-AP"]).iloc[0]
+    assert row["P-AP seen"] == pytest.approx(.9) and row["P-AP unseen"] == pytest.approx(.6)
+    r.provenance["labels"]["kinds"] = dict(y=["c"])
+    with pytest.raises(SpecError, match="one_kind"): seen_and_unseen([r], "labelled", ["P-AP"])
+
+def test_transfer_is_the_gain_over_no_labels():
+    of = lambda source, **v: record(labelled=5*bool(source), label_classes=source, label_seed=0, hold_out=5, values=v, provenance=dict(labels=dict(test_hash="t")))
+    records = [of(None, x=.5, y=.4, z=.3), of("x", x=.8, y=.5, z=.2), of("y+z", x=.6, y=.4, z=.4)]
+    t = transfer(records, "P-AP")
+    assert t.loc["x", "none"] == .5 and t.loc["x", "x"] == pytest.approx(.3) and t.loc["mean of other classes", "x"] == pytest.approx(0) and t.loc["mean of other classes", "y+z"] == pytest.approx(.1)
+    figure = transfer_map(t)
+    assert sum(isinstance(p, plt.Rectangle) for p in figure.axes[1].patches) == 3 and "+30.0" in [x.get_text() for x in figure.axes[1].texts]
+    with pytest.raises(SpecError, match="labelled=0"): transfer(records[1:], "P-AP")
 
 
 def test_csv_keeps_every_digit_and_every_record(tmp_path):

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'perlin', 'rotated', 'perlin_mask', 'clouds', 'speckle', 'plane', 'stripes', 'checker', 'cells', 'colour',
-           'procedural_texture', 'crop', 'recolour', 'texture_files', 'folder_source', 'blend', 'Defects']
+           'procedural_texture', 'crop', 'recolour', 'texture_files', 'folder_source', 'blend', 'Defects', 'Textures']
 
 # %% ../../nbs/data/05_defects.ipynb #f1b4ed15
 import hashlib, math
 from pathlib import Path
 import numpy as np
+import torch
 from PIL import Image
+from torch.utils.data import Dataset
 from .catalog import is_image, IMAGE_ENDINGS
 from .loading import load_image
 from ..errors import DataError, SpecError, unknown
@@ -230,3 +232,18 @@ class Defects:
         if rng.random() >= self.probability: return image, np.zeros(shape, bool)
         mask, b = perlin_mask(rng, shape), rng.uniform(0, 0.8)
         return blend(image, self.texture(rng, index, shape), mask, b), mask
+
+# %% ../../nbs/data/05_defects.ipynb #023b8b1b
+class Textures(Dataset):
+    "Texture images as dicts: index, path, `image` float32 [3,H,W] in [0,1], and `texture` to tell them apart."
+    def __init__(self,
+        defects,           # where the textures come from, and the seed
+        size: int,         # pixels of the square images
+        number: int = 47,  # how many
+    ): self.draw, self.size, self.number = defects, size, number
+
+    def __len__(self): return self.number
+
+    def __getitem__(self, i):
+        texture = self.draw.texture(np.random.default_rng([self.draw.seed, i]), i, (self.size, self.size))
+        return dict(index=i, path=f"texture {i}", cls=-1, image=torch.from_numpy(np.ascontiguousarray(texture, dtype=np.float32)), texture=True)

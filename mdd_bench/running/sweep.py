@@ -14,10 +14,10 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 import mdd_bench
-from ..detectors.detector import full_options
+from ..detectors.detector import detector_class, full_options
 from ..errors import SpecError, unknown
 from .run import prepare, read_progress
-from .spec import CONVERT, RunSpec, as_list, make_spec
+from .spec import CONVERT, RunSpec, as_int, as_list, make_spec
 from .store import Record, Store
 
 # %% ../../nbs/running/53_sweep.ipynb #efa48b24
@@ -45,6 +45,7 @@ class Study:
     def named_specs(self) -> list[tuple]:
         "(arm, spec) for every arm (None without arms) and point of the grid, the last axis fastest."
         points = [] if self.own else [dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values())]
+        if "labelled" in self.grid: points = [p for p in points if not as_int(p["labelled"]) or "labelled" in detector_class((self.base | p).get("detector", RunSpec().detector)).needs]
         options = lambda arm: dict(options=self.base.get("options", {}) | self.arms[arm]) if arm else {}
         return [(arm, make_spec(**self.base | point | options(arm))) for arm in self.arms or [None] for point in points]
 
@@ -54,11 +55,11 @@ class Study:
 
 # %% ../../nbs/running/53_sweep.ipynb #1e745fd0
 KINDS = {f.name: f.type for f in fields(RunSpec)}
-PATHS = ("data", "weights")     # text that may hold a comma
+PATHS = ("data", "weights", "manifest")     # text that may hold a comma
 
 def axis(name: str, value) -> list:
     "The values of a parameter: several only where a run takes one of them."
-    if KINDS[name] not in (str, int, int | None): return [value]
+    if KINDS[name] not in (str, int, str | None, int | None): return [value]
     if isinstance(value, str) and name not in PATHS: return [v.strip() for v in value.split(",")]
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
