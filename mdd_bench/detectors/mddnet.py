@@ -7,12 +7,10 @@ __all__ = ['FUSIONS', 'WORDS', 'distance_loss', 'Memory', 'check_options', 'left
            'Remembering', 'MDDNet']
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #b2ea5541
-from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..errors import unknown
-from .detector import Detector, Prediction, Recipe, in_range, one_of, register
+from .detector import Detector, Prediction, Recipe, in_range, one_of, register, texture_source
 from ..parts.clustering import Groups
 from ..parts.decoders import PAIRS
 from ..parts.discrepancy import cosine_loss, discrepancy, fuse_levels
@@ -75,7 +73,7 @@ def check_options(o: dict):
         if o[option] is not None: one_of(option, o[option], known)
     for option, least, most, whole in (("dist_weight", 0, 1e6, False), ("prototypes", 1, 10**6, True), ("groups", 1, 10**6, True), ("anomaly_probability", 0, 1, False)):
         if o[option] is not None: in_range(option, o[option], least, most, whole)
-    if o["textures"] not in (None, "procedural", "images") and not Path(str(o["textures"])).expanduser().is_dir(): raise unknown("texture source", o["textures"], ["procedural", "images", "<existing folder of images>"])
+    if o["textures"] is not None: texture_source(o["textures"])
 
 def left_over(o: dict):
     "Yield (option, its only possible value, why) for a set of options `o`, which takes each on before the next is asked for."
