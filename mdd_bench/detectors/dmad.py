@@ -182,18 +182,28 @@ class DMAD(Detector):
     def _of(self, table, index, device): return {b: self.bank(b)[t[index.cpu()].flatten(0, 1).long().to(device)] for b, t in table.items()}
 
     def losses(self, batch):
-        f = as_rows(patch_features(batch["features"])); o = self.represent(f, self._of(self.found, batch["index"], f.device))
+        f, found = as_rows(patch_features(batch["features"])), self._of(self.found, batch["index"], batch["features"][0].device)
+        g, found_g = self._labelled(batch["labelled"]) if "labelled" in batch else (f[:0], {b: m[:0] for b, m in found.items()})
+        if self.released: o, known = self.represent(f, found), torch.cat([self.projection(g), *(self.projection(g - found_g[b][:, 0]) for b in self.names)], 1)
+        else: o, known = self.represent(torch.cat([f, g]), {b: torch.cat([found[b], found_g[b]]) for b in self.names}).split([len(f), len(g)])
         fake = o + (self.noise*torch.randn_like(f)).repeat(1, 1 + len(self.names))
-        known = self._labelled(batch["labelled"]) if "labelled" in batch else o[:0]
-        true, fake, known = self.network(torch.cat([o, fake, known])).split([len(o), len(o), len(known)])
-        return hinges(true, fake, known, self.margin)
+        return hinges(*self.network(torch.cat([o, fake, known])).split([len(o), len(o), len(known)]), self.margin)
+
+    def finish(self, batches):
+        "The statistics of batch normalisation, anew: the mean over one more pass instead of what the last steps happened to leave."
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm1d)]
+        for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
+        known = list(labelled(batches))
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            for i, b in enumerate(normal(batches)): self.losses(b | (dict(labelled=known[i % len(known)]) if known else {}))
+        for m in norms: m.momentum = .1; m.eval()
 
     def _labelled(self, batch):
+        "Anomalous patches [N, D] of labelled images, and the rows that they found."
         index = batch["index"].cpu(); bad = self.bad_known[index].flatten()
-        f = as_rows(patch_features(batch["features"]))[bad.to(batch["features"][0].device)]
-        found = {b: self.bank(b)[t[index].flatten(0, 1)[bad].long().to(f.device)] for b, t in self.found_known.items()}
-        if not self.released: return self.represent(f, found)
-        return torch.cat([self.projection(f), *(self.projection(f - found[b][:, 0]) for b in self.names)], 1)
+        f = as_rows(patch_features(batch["features"]))
+        return f[bad.to(f.device)], {b: self.bank(b)[t[index].flatten(0, 1)[bad].long().to(f.device)] for b, t in self.found_known.items()}
 
     def predict(self, features, size):
         patches = patch_features(features)
