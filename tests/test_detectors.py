@@ -12,7 +12,8 @@ from mdd_bench.running.training import make_optimizer, seed_all, train_step
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 PYRAMIDS = dict(small=("resnet18", [1, 2]), coarse=("mobilenetv3_small_050", [2, 3, 4]), signed=("mobilenetv3_small_100", None), one=("resnet18", [2]))
 VARIANTS = {n: (n, {}) for n in list_detectors()} | {"mddnet, class memory": ("mddnet", dict(memory="class", prototypes=4, fusion="sum")), "mddnet, cluster": ("mddnet", dict(memory="cluster", prototypes=4, decoder="light")),
-                                                     "patchcore, class": ("patchcore", dict(coreset_scope="class", coreset_ratio=.1))}
+                                                     "patchcore, class": ("patchcore", dict(coreset_scope="class", coreset_ratio=.1)),
+                                                     "dmad, no labels": ("dmad", {}), "bgad, no labels": ("bgad", {}), "dmad, normal bank": ("dmad", dict(bank="normal", knowledge="distance"))}
 
 @cache
 def pyramid(key="small"): return Backbone(PYRAMIDS[key][0], "random", PYRAMIDS[key][1])
