@@ -201,7 +201,8 @@ def _labels_said(records, say):  # the draw, and the test images that it leaves 
     counts = {}
     for r in records:
         for c, (good, bad) in r.provenance["test_counts"].items(): counts.setdefault(c, {})[f"{good} + {bad}"] = None
-    return (f" Labelled anomalies: {say('labelled')}, scheme {say('scheme')}, label seeds {say('label_seed')}; those of N = {say('hold_out')} are in no arm's test."
+    numbers = ", ".join(dict.fromkeys(str(r.spec["labelled"]) for r in records))
+    return (f" Labelled anomalies: {numbers}, scheme {say('scheme')}, label seeds {say('label_seed')}; those of N = {say('hold_out')} are in no arm's test."
         + f" Test images, good + anomalous: {', '.join(f'{c} ' + ' or '.join(n) for c, n in counts.items())}.")
 
 def caption(
