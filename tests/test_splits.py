@@ -216,6 +216,8 @@ def test_separate_models_are_those_of_single_classes(folder, tmp_path):
     assert many.metrics["exact"]["per_class"] == {c: r.metrics["exact"]["per_class"][c] for c, r in alone.items()}
     assert many.cost["bytes_test_without_backbone"] == sum(r.cost["bytes_test_without_backbone"] for r in alone.values())
     assert many.metrics != run(replace(spec, setting="unified"), tmp_path).metrics
+    held = run(replace(spec, hold_out=4), tmp_path)                                                    # other test images, the same weights
+    assert held.provenance["trained_by"] == many.id != held.id and held.cost["train_s"] == many.cost["train_s"]
     both = run(replace(spec, protocols=["exact", "ader"]), tmp_path)                                  # from the kept models
     assert both.id == many.id and list(both.metrics) == ["exact", "ader"] and [m["cls"] for m in maps_of(spec, tmp_path)] == list(KINDS)
 

@@ -309,7 +309,7 @@ def _trained(p, name, folder, device, workers, store_gb, progress, model):
     if model:
         other = read_record(model.parent)
         load_model(detector, model, other, name)
-        return detector, store, {k: other.cost[k] for k in ("prepare_s", "train_s", "features")}, {k: other.provenance.get(k) for k in ("defect_textures",)} | dict(trained_by=other.id)
+        return detector, store, dict(prepare_s=0, train_s=0), dict(defect_textures=other.provenance.get("defect_textures"), trained_by=other.id)
     start = time.perf_counter()
     progress("features", 0, 1); rows, labelled, textures, source = _training_rows(p, detector, store, workers, device)
     features, ready = store(rows, f"train {name}".strip()), time.perf_counter()
@@ -347,6 +347,7 @@ def _train_and_test(prepared, folder, device, workers, store_gb, keep_model, pro
     if (folder/"model.safetensors").is_file(): facts["model_hash"] = hash_file(folder/"model.safetensors")
     facts |= dict(trained=p.trained, classes_streamed=[c for c, t in tested.items() if t["streamed"]]) | (predicted_right(tested) if "" in made else {})
     cost = made[""]["cost"] if "" in made else add_costs([m["cost"] for m in made.values()], sum(len(t["scores"]) for t in tested.values()))
+    if model: cost |= {k: read_record(model.parent).cost[k] for k in ("prepare_s", "train_s", "features")}     # of all its models together
     return collect(p.spec.protocols, tested), cost, facts
 
 # %% ../../nbs/running/52_run.ipynb #6c1727a4
