@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXTURE_RATIO', 'LABELLED_WEIGHT', 'BANKS', 'KNOWLEDGE', 'VARIANTS', 'Attention', 'Knowledge', 'choose', 'around',
-           'released_filter', 'hinges', 'DMAD']
+           'abnormal_bank', 'released_filter', 'anomalous', 'hinges', 'DMAD']
 
 # %% ../../nbs/detectors/26_dmad.ipynb #b51862e5
 import torch
@@ -67,12 +67,34 @@ def around(centres, n: int, noise: float):
     "n pseudo points [n, D]: the centres in turn, plus noise."
     return centres[torch.arange(n, device=centres.device) % len(centres)] + noise*torch.randn(n, centres.shape[1]).to(centres)
 
+def abnormal_bank(
+    known,        # [N, D] labelled anomalous patches, maybe none
+    drawn,        # [T, D] patches of textures
+    normal_rows,  # [M, D] the normal bank
+    classes: int, # how many centres there are without labels
+    noise: float,
+):                # rows; how many are labelled, pseudo points, textures
+    "Labelled patches, as many pseudo points about their mean, textures (released code); without labels as many pseudo points as textures about the centres of the normal bank (ours)."
+    n = len(known) or len(drawn)
+    if len(known): centres = known.mean(0, keepdim=True)
+    else: centres = torch.from_numpy(KMeans(min(classes, len(normal_rows)), n_init=1, random_state=0).fit(normal_rows.cpu().numpy()).cluster_centers_).to(drawn)
+    return torch.cat([known, around(centres, n, noise), drawn]), dict(labelled=len(known), pseudo=n, texture=len(drawn))
+
+# %% ../../nbs/detectors/26_dmad.ipynb #29486951
 def released_filter(
     mask,  # [L, S, S] share of each pixel that is defective
     grid,  # (H, W)
 ):         # bool [L, H, W]
     "The released code's rule: any defect at all, enlarged or shrunk bilinearly, is not zero."
     return F.interpolate((mask > 0).float()[:, None], grid, mode="bilinear")[:, 0] != 0
+
+def anomalous(mask, grid, released: bool = False):
+    "Anomalous patches bool [L, H, W] by either rule, and which images [L] kept only their best-covered one."
+    found, alone = defective(mask, grid)
+    if not released: return found, alone
+    wide, cover = released_filter(mask, grid), F.adaptive_avg_pool2d(mask, grid).flatten(1)
+    alone = ~wide.flatten(1).any(1)
+    return torch.where(alone[:, None, None], F.one_hot(cover.argmax(1), cover.shape[1]).view_as(wide).bool(), wide), alone
 
 # %% ../../nbs/detectors/26_dmad.ipynb #ef6c90a3
 def hinges(
@@ -134,39 +156,24 @@ class DMAD(Detector):
         "o [N, D(1 + banks)] of patches [N, D] and the rows that they found in each bank, {bank: [N, k, D]}."
         return torch.cat([self.projection(f), *(self.projection(self.knowledge[b](f, found[b])) for b in self.names)], 1)
 
-    def bad(self, mask, grid):
-        "Anomalous positions of labelled images, bool [L, H, W], and which images kept only their best-covered one [L]."
-        found, alone = defective(mask, grid)
-        if not self.released: return found, alone
-        wide = released_filter(mask, grid); alone = ~wide.flatten(1).any(1)
-        return torch.where(alone[:, None, None], F.one_hot(F.adaptive_avg_pool2d(mask, grid).flatten(1).argmax(1), grid[0]*grid[1]).view_as(wide).bool(), wide), alone
-
     # -- before the training: the banks, and who finds what in them
 
     def prepare(self, batches):
         known = []      # of each batch of labelled images: patches [L*P, D], which are anomalous [L, P], who has only its best-covered one [L], numbers [L]
         for b in labelled(batches):
-            patches = patch_features(b["features"]); bad, alone = self.bad(b["mask"], patches.shape[-2:])
+            patches = patch_features(b["features"]); bad, alone = anomalous(b["mask"], patches.shape[-2:], self.released)
             known.append((as_rows(patches), bad.flatten(1), alone, b["index"].to(bad.device)))
         rows, owner = choose(lambda: normal(batches), self.ratio)
-        made, owners = dict(normal=rows), dict(normal=owner)
-        if "abnormal" in self.names: made["abnormal"], owners["abnormal"] = self._abnormal(batches, known, rows)
+        made, owners, self.said = dict(normal=rows), dict(normal=owner), {}
+        if "abnormal" in self.names:
+            seen = torch.cat([x[bad.flatten()] for x, bad, *_ in known]) if known else rows[:0]
+            made["abnormal"], self.said = abnormal_bank(seen, choose(lambda: textures(batches), TEXTURE_RATIO)[0], rows, self.classes, self.noise)
+            of = torch.cat([index.repeat_interleave(bad.sum(1)) for _, bad, _, index in known]) if known else owner[:0]
+            owners["abnormal"] = F.pad(of, (0, len(made["abnormal"]) - len(of)), value=-1)       # -1: of no labelled image
         for b in self.names: setattr(self, f"{b}_bank", made[b])
         self._look_up(batches, known, owners)
         self.said |= {b: len(self.bank(b)) for b in self.names}
         if known: self.said |= {"labelled images": sum(len(k[2]) for k in known), "best-covered patch only": int(sum(k[2].sum() for k in known))}
-
-    def _abnormal(self, batches, known, normal_rows):
-        "The abnormal bank, and which labelled image each row is of (-1: of none)."
-        drawn, _ = choose(lambda: textures(batches), TEXTURE_RATIO)
-        if known:
-            seen, of = torch.cat([rows[bad.flatten()] for rows, bad, *_ in known]), torch.cat([index.repeat_interleave(bad.sum(1)) for _, bad, _, index in known])
-            centres, n = seen.mean(0, keepdim=True), len(seen)
-        else:
-            seen, of, n = drawn[:0], torch.zeros(0, dtype=torch.long, device=drawn.device), len(drawn)
-            centres = torch.from_numpy(KMeans(min(self.classes, len(normal_rows)), n_init=1, random_state=0).fit(normal_rows.cpu().numpy()).cluster_centers_).to(drawn)
-        self.said = dict(labelled=len(seen), pseudo=n, texture=len(drawn))
-        return torch.cat([seen, around(centres, n, self.noise), drawn]), torch.cat([of, torch.full((n + len(drawn),), -1, device=drawn.device)])
 
     def _look_up(self, batches, known, owners):
         "Row numbers of the neighbours of every training patch, int32 [images, positions, k]; not saved."
