@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Out', 'Device', 'Workers', 'StoreGb', 'KeepModel', 'version', 'detectors', 'protocols', 'datasets', 'labels',
-           'spec_flags', 'as_options', 'run_command', 'sweep', 'main']
+           'spec_flags', 'as_options', 'run_command', 'pretrain', 'sweep', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
 import inspect, sys, warnings
@@ -111,6 +111,25 @@ def run_command(out: Out = Path("results"), device: Device = None, workers: Work
     if spec.weights == "random": print("RANDOM backbone weights: these numbers show that the machinery works, no more")
     for name, m in record.metrics.items(): print(f"{name}: " + "  ".join(f"{k} {100*v:.1f}" for k, v in m["mean"].items()))
     print(f"trained {record.cost['train_s']:.0f} s, tested {record.cost['test_s']:.0f} s\nrecord: {record.folder}")
+
+# %% ../nbs/cli.ipynb #91eeb36e
+@app.command()
+def pretrain(backbone: Annotated[Optional[str], typer.Option(help="a timm model; left out: that of the project's own weights")] = None, task: Annotated[Optional[str], typer.Option(help="places, materials, marks, or a sum as places+materials; left out: that of the project's own weights")] = None,
+             steps: Annotated[Optional[int], typer.Option(min=1, help="left out: those of the project's own weights")] = None, seed: Annotated[int, typer.Option(min=0, help="decides weights and pictures")] = 0,
+             out: Annotated[Optional[Path], typer.Option(help="a copy goes here, as .safetensors")] = None, device: Device = None):
+    "Train a backbone on drawn pictures alone, for --weights FILE; what is in the cache is not trained again."
+    import shutil
+    from tqdm import tqdm
+    from mdd_bench.data.catalog import cache_dir
+    from mdd_bench.parts.pretraining import RECIPE, trained_file
+    from mdd_bench.running.run import choose_device
+    recipe = RECIPE | {k: v for k, v in dict(backbone=backbone, task=task, steps=steps, seed=seed).items() if v is not None}
+    if out and out.suffix != ".safetensors": raise SpecError(f"--out {out}", "give a file that ends in .safetensors")
+    with tqdm(total=recipe["steps"], disable=None, file=sys.stderr) as bar:
+        def show(step, losses): bar.set_postfix_str(f"loss {sum(v.item() for v in losses.values()):.2f}", refresh=False); bar.update()
+        file = trained_file(cache_dir()/"pretrained", **recipe, device=choose_device(device), progress=show)
+    if out: out.parent.mkdir(parents=True, exist_ok=True); file = shutil.copyfile(file, out)
+    print(file)
 
 # %% ../nbs/cli.ipynb #fc1c8670
 @app.command()

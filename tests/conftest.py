@@ -41,4 +41,4 @@ def shell(tmp_path):
         return got.returncode, got.stdout, got.stderr
     return call
 
-SMALL = dict(data="embedded-v1-smoke", classes=["gear", "tile"], size=64, backbone="resnet18", weights="random", layers=[1, 2], epochs=1)
+SMALL = dict(data="embedded-v1-smoke", classes=["gear", "tile"], size=64, weights="procedural", layers=[1, 2], epochs=1)

@@ -24,7 +24,7 @@ def stamp_of(path):
 
 def refresh(path):
     "Execute, clean, stamp."
-    env = os.environ | {"OMP_NUM_THREADS": "2", "MPLBACKEND": ""}
+    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "MPLBACKEND": ""}
     subprocess.run([BIN/"jupyter", "nbconvert", "--log-level", "ERROR", "--to", "notebook", "--execute", "--inplace", path], check=True, env=env)
     stamp(path)
 

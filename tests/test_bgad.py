@@ -11,7 +11,7 @@ from mdd_bench.running.training import make_optimizer, train_step
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 
 @pytest.fixture(scope="module")
-def backbone(): return Backbone("resnet18", "random", [2, 3])
+def backbone(): return Backbone("resnet18", "procedural", [2, 3])
 
 def pictures(n, seed=0): return torch.rand(n, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 def spoiled(backbone, n, seed=5): mask = torch.zeros(n, 64, 64); mask[:, 10:30, 40:60] = 1; return dict(features=backbone(pictures(n, seed)), mask=mask)

@@ -5,7 +5,7 @@ from pathlib import Path
 from conftest import SMALL
 from mdd_bench.data.synthetic import write_embedded
 
-RUN = ["run", "--size", 64, "--backbone", "resnet18", "--weights", "random", "--layers", "1,2", "--epochs", 1, "--detector", "rd4ad"]
+RUN = ["run", "--size", 64, "--weights", "procedural", "--layers", "1,2", "--epochs", 1, "--detector", "rd4ad"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory): return write_embedded(tmp_path_factory.mktemp("data")/"d", "smoke", classes=["gear", "tile"])

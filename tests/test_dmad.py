@@ -12,7 +12,7 @@ from mdd_bench.parts.patches import as_rows, patch_features
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 
 @pytest.fixture(scope="module")
-def backbone(): return Backbone("resnet18", "random", [2, 3])
+def backbone(): return Backbone("resnet18", "procedural", [2, 3])
 
 def features(n, seed, spread=1.): g = torch.Generator().manual_seed(seed); return [spread*torch.randn(n, 128, 8, 8, generator=g).relu(), spread*torch.randn(n, 256, 4, 4, generator=g).relu()]
 

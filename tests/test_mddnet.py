@@ -38,7 +38,7 @@ def pyramid(request):
     return b
 
 @pytest.fixture(scope="module")
-def small(): return Backbone("resnet18", "random", [1, 2])
+def small(): return Backbone("resnet18", "procedural", [1, 2])
 
 @pytest.fixture(scope="module")
 def prepared(): return prepare(make_spec(**SMALL, detector="mddnet"))

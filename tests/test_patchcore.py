@@ -14,7 +14,7 @@ from conftest import SMALL
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 
 @pytest.fixture(scope="module")
-def backbone(): return Backbone("resnet18", "random", [1, 2])
+def backbone(): return Backbone("resnet18", "procedural", [1, 2])
 
 def pictures(n, seed=0): return torch.rand(n, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 

@@ -133,6 +133,6 @@ def test_epochs_that_are_none(asked):
 
 def test_a_detector_brings_its_own_backbone_and_levels():
     "Where the run names none; naming them is the same run."
-    own = prepare(make_spec(**SMALL | dict(detector="uniad", backbone=None, layers=None)))
+    own = prepare(make_spec(**SMALL | dict(detector="uniad", weights="random", backbone=None, layers=None)))
     assert own.backbone.name == "efficientnet_b4" and own.backbone.strides == [2, 4, 8, 16] and own.canonical["backbone"] == "efficientnet_b4"
-    assert own.id == prepare(make_spec(**SMALL | dict(detector="uniad", backbone="efficientnet_b4", layers=[0, 1, 2, 3]))).id
+    assert own.id == prepare(make_spec(**SMALL | dict(detector="uniad", weights="random", backbone="efficientnet_b4", layers=[0, 1, 2, 3]))).id

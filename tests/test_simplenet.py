@@ -16,7 +16,7 @@ from conftest import SMALL
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 
 @pytest.fixture(scope="module")
-def backbone(): return Backbone("resnet18", "random", [1, 2])
+def backbone(): return Backbone("resnet18", "procedural", [1, 2])
 
 def pictures(n, seed=0): return torch.rand(n, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 def made(backbone, seed=0, **options): torch.manual_seed(seed); return create_detector("simplenet", backbone, **dict(hidden=32) | options)

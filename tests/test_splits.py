@@ -7,6 +7,7 @@ import pandas as pd
 import pytest, torch
 from PIL import Image
 from mdd_bench.data.catalog import read_catalog
+from mdd_bench.data.synthetic import embedded
 from mdd_bench.data.splits import SCHEMES, draw, follow, most, pools, read_manifest, shuffled, write_manifest
 from mdd_bench.detectors import detector as registry
 from mdd_bench.detectors.detector import Detector, Prediction, Recipe, labelled, normal, textures
@@ -68,7 +69,7 @@ def learner():
     yield Toy
     registry._registry.pop("toy")
 
-def asked(folder, **kw): return make_spec(**dict(data=str(folder), size=64, backbone="resnet18", weights="random", layers=[1], detector="toy") | kw)
+def asked(folder, **kw): return make_spec(**dict(data=str(folder), size=64, weights="procedural", layers=[1], detector="toy") | kw)
 
 # ---- the draw
 
@@ -94,7 +95,7 @@ def test_what_each_scheme_takes(catalog):
     kinds = lambda d: d.catalog.part(split="labelled").groupby(["cls", "kind"]).size().to_dict()
     assert draw(catalog, "pooled", 4).catalog.part(split="labelled").groupby("cls").size().to_dict() == dict(bolt=4, felt=4, tile=4)
     assert kinds(draw(catalog, "per_kind", 3)) == {(c, k): 3 for c in KINDS for k in KINDS[c]}
-    of_bolt = [kinds(draw(catalog, "one_kind", 4, seed)) for seed in range(4)]
+    of_bolt = [kinds(draw(catalog, "one_kind", 3, seed)) for seed in range(4)]
     assert [list(k) for k in of_bolt] == [[("bolt", a), ("tile", b)] for a, b in zip(("dent", "rust", "scratch", "dent"), ("chip", "crack", "chip", "crack"))]      # felt has a single kind
     some = draw(catalog, "from_classes", 4, classes=["tile"])
     assert {c for c, _ in kinds(some)} == {"tile"} and some.manifest["test_hash"] == draw(catalog, "pooled", 4).manifest["test_hash"]
@@ -177,6 +178,15 @@ def test_without_labels_no_anomalous_image_is_opened_in_training(folder, tmp_pat
     detector, *_ = running._trained(p, "", tmp_path, torch.device("cpu"), 0, 0, lambda *a: None, None)
     assert learner.seen[0]["labelled"] == [] and set(learner.seen[0]["steps"]) == {None} and detector.mean.abs().sum() > 0
 
+@pytest.mark.parametrize("detector", ["dmad", "bgad"])
+def test_those_who_learn_from_labels_need_none(folder, tmp_path, detector):
+    "Every anomalous image is gone before the training begins."
+    copy = tmp_path/"data"; shutil.copytree(folder, copy)
+    p = prepare(asked(copy, hold_out=3, detector=detector, epochs=1))
+    for c in KINDS: shutil.rmtree(copy/c/"test"); shutil.rmtree(copy/c/"ground_truth")
+    made, *_ = running._trained(p, "", tmp_path, torch.device("cpu"), 0, 0, lambda *a: None, None)
+    assert made(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))).map.isfinite().all()
+
 def test_the_order_of_classes_does_not_change_the_result(folder, tmp_path):
     copy = write(tmp_path/"copy", list(KINDS)[::-1])
     a, b = run(asked(folder, labelled=2), tmp_path/"a"), run(asked(copy, labelled=2, classes="tile,felt,bolt"), tmp_path/"b")
@@ -248,3 +258,16 @@ def test_the_command_draws_writes_and_checks(cli, folder, tmp_path):
     assert cli("labels", folder, "--labelled", 8, "--labelled-at-most")[0] == 0
     code, _, err = cli("run", "--data", folder, "--manifest", tmp_path/"m.json", "--labelled", 2)
     assert code == 2 and "manifest" in err
+
+def test_the_largest_arm_decides_what_is_held_out():
+    "Along an axis of labelled anomalies, unless something else is said."
+    held = lambda **kw: {s.hold_out for s in load_study("labels", detector="dmad", seed=0, **kw).specs()}
+    assert held() == {10} and held(labelled="0,2") == {2} and held(labelled="0,2", hold_out=4) == {4} and held(labelled="0,2", hold_out="none") == {2}
+    assert {s.hold_out for s in load_study("benchmark", detector="dmad").specs()} == {None}
+
+def test_the_study_of_kinds_can_be_drawn_on_its_own_data(tmp_path):
+    "And leaves images of the labelled kind to test."
+    spec = next(s for s in load_study("kinds", seed=0).specs() if s.labelled)
+    split = draw(read_catalog(embedded(spec.data)), spec.scheme, spec.labelled, 0, spec.hold_out)
+    left = split.catalog.part(split="test").merge(split.catalog.part(split="labelled")[["cls", "kind"]].drop_duplicates())
+    assert set(left.cls) == set(split.catalog.classes)

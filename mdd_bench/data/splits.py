@@ -35,7 +35,7 @@ def pools(
     kinds = sorted(bad.kind.unique())
     if scheme in ("pooled", "from_classes"): return [shuffled(bad.path, seed)]
     if scheme == "one_kind": kinds = [kinds[seed % len(kinds)]] if len(kinds) > 1 else []
-    return [shuffled(bad.path[bad.kind == k], seed) for k in kinds]
+    return [shuffled(bad.path[bad.kind == k], seed)[:-1 if scheme == "one_kind" else None] for k in kinds]
 
 # %% ../../nbs/data/03_splits.ipynb #d668d9e0
 LEAST_LEFT = 5
@@ -62,8 +62,8 @@ def _chosen(catalog, scheme, n, seed, at_most):
     if n and not limits: raise DataError(f"no class has two kinds of anomalies, as scheme {scheme} needs", "use --scheme pooled")
     if short and (not at_most or max(limits.values()) == 0):
         what = "per kind" if scheme == "per_kind" else "per class"
-        raise DataError(f"{n} anomalies {what} cannot leave the test of {', '.join(f'{c} (at most {m})' for c, m in short.items())}: {LEAST_LEFT} must stay",
-                        f"ask for at most {min(limits.values())}" + (", or pass --labelled-at-most: each class then gives what it can" if max(limits.values()) else ""))
+        raise DataError(f"{n} anomalies {what} cannot leave the test of {', '.join(f'{c} (at most {m})' for c, m in short.items())}: {LEAST_LEFT} must stay{' and one of the labelled kind' if scheme == 'one_kind' else ''}",
+                        f"ask for at most {min(limits.values())}, hold_out included" + (", or pass --labelled-at-most: each class then gives what it can" if max(limits.values()) else ""))
     return found
 
 def _hash(lines): return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]

@@ -46,6 +46,7 @@ class Detector(nn.Module):
     verified = None           # with which published numbers ours were found to agree, if they were compared
     needs = frozenset()       # "image", "pairs", "cls", "labelled", "textures"
     defects = None            # with "pairs" and "textures": keywords of mdd_bench.data.defects.Defects
+    later = {}                # options that came after the first records: at this value they are no part of a run's identity
     at_test = frozenset()     # options that only `predict` reads: runs that differ in nothing else share their weights
     words = {}                # option -> the words it knows
     left_over = lambda options: ()   # (option, the only value that other options leave it, why), one after another

@@ -30,7 +30,7 @@ from ..detectors.detector import create_detector, detector_class, full_options, 
 from ..errors import DataError, SpecError, StoreError
 from ..evaluation.metrics import mean_over_classes
 from ..evaluation.protocols import Judge, get_protocol
-from ..parts.backbone import Backbone, default_layers, level_strides, open_store
+from ..parts.backbone import PROCEDURAL, Backbone, default_layers, level_strides, open_store
 from .spec import DRAW, RunSpec
 from .store import Record, Store, read_record
 from .training import Labelled, feed, seed_all, train
@@ -94,11 +94,11 @@ def prepare(
     catalog, fingerprint, skipped = _data(spec.data, spec.classes, spec.skip_broken)
     catalog, manifest = label(spec, catalog)
     file = Path(spec.weights).expanduser()
-    backbone = _backbone(spec.backbone or detector.recipe.backbone, spec.weights, spec.layers and tuple(spec.layers), detector.recipe.strides, file.stat().st_mtime_ns if file.is_file() else 0)
+    backbone = _backbone(spec.backbone or (PROCEDURAL if spec.weights == "procedural" else detector.recipe.backbone), spec.weights, spec.layers and tuple(spec.layers), detector.recipe.strides, file.stat().st_mtime_ns if file.is_file() else 0)
     with torch.device("meta"): needs = create_detector(spec.detector, backbone, len(catalog.classes), **options).needs     # refuses impossible values, allocates nothing
     if manifest and manifest["files"] and "labelled" not in needs: raise SpecError(f"{spec.detector} does not learn from labelled anomalies", f"leave labelled out (hold_out alone takes images out of the test), or use {', '.join(d for d in list_detectors() if 'labelled' in detector_class(d).needs)}")
     recipe = replace(detector.recipe, epochs=epochs_of(detector.recipe, spec.epochs), batch=detector.recipe.batch if spec.batch is None else spec.batch)
-    canonical = asdict(spec) | dict(data=fingerprint, classes=catalog.classes, backbone=backbone.name, weights=backbone.hash, layers=backbone.layers, options=options,
+    canonical = asdict(spec) | dict(data=fingerprint, classes=catalog.classes, backbone=backbone.name, weights=backbone.hash, layers=backbone.layers, options={k: v for k, v in options.items() if (k, v) not in detector.later.items()},
                                     epochs=recipe.epochs, batch=recipe.batch, revision=detector.revision)
     drop = ("protocols", "skip_broken", "manifest", *DRAW, *["setting"]*(spec.setting == "unified"))
     drawn = {k: manifest[f"{k}_hash"] for k in ("labelled", "test") if k == "test" or manifest["files"]} if manifest else {}

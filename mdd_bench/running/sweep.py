@@ -18,7 +18,7 @@ import mdd_bench
 from ..detectors.detector import detector_class, full_options
 from ..errors import SpecError, unknown
 from .run import prepare, read_progress
-from .spec import CONVERT, RunSpec, as_dict, as_int, as_list, make_spec
+from .spec import CONVERT, RunSpec, as_dict, as_int, as_list, make_spec, or_none
 from .store import Record, Store
 
 # %% ../../nbs/running/53_sweep.ipynb #efa48b24
@@ -52,9 +52,14 @@ class Study:
         "(arm, spec) for every arm (None without arms) and point of the grid, the last axis fastest."
         points = [] if self.own else [dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values())]
         if "labelled" in self.grid: points = [p for p in points if not as_int(p["labelled"]) or "labelled" in detector_class((self.base | p).get("detector", RunSpec().detector)).needs]
-        shared = as_dict(self.base.get("options"))
+        base, shared = self.base | self.held_out(), as_dict(self.base.get("options"))
         options = lambda point, arm: dict(options=own_options(shared | (self.arms[arm] if arm else {}), (self.base | point).get("detector", RunSpec().detector)))
-        return [(arm, make_spec(**self.base | point | options(point, arm))) for arm in self.arms or [None] for point in points]
+        return [(arm, make_spec(**base | point | options(point, arm))) for arm in self.arms or [None] for point in points]
+
+    def held_out(self) -> dict:
+        "Along an axis of labelled anomalies, what its largest arm labels, unless something else was said: all arms are then tested alike."
+        said = or_none(as_int)(self.base.get("hold_out")) is not None or "hold_out" in self.grid or self.base.get("manifest")
+        return {} if said or "labelled" not in self.grid else dict(hold_out=max(map(as_int, self.grid["labelled"])))
 
     def specs(self) -> list[RunSpec]: "Every run of the study."; return [s for _, s in self.named_specs()]
     def names(self) -> dict: "{id: arm} of every run, as tables and plots take it."; return {prepare(s).id: arm for arm, s in self.named_specs()}
