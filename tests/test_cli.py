@@ -48,7 +48,7 @@ def test_the_installed_command_ends_with_one_line_and_code_2(shell):
     assert code == 2 and err.startswith("error: unknown detector 'mddnett'") and err.count("\n") == 1 and not out
 
 def test_run_prints_the_record(cli, data, tmp_path):
-    code, out, err = cli(*RUN, "--data", data, "--out", tmp_path/"out")
+    code, out, err = cli(*RUN, "--data", data, "--out", tmp_path/"out", "--backbone", "resnet18", "--weights", "random")
     assert code == 0 and "AUPRO" in out and "RANDOM" in out and (tmp_path/"out"/"runs").is_dir(), err
     folder = Path(out.split("record: ")[1].strip())
     assert (folder/"record.json").is_file()
@@ -77,7 +77,7 @@ def test_sweep_by_papermill(shell, tmp_path):
     assert code == 0, err
     assert {p.name for p in folder.iterdir()} == {"benchmark.ipynb", "benchmark.md", "benchmark.csv", "benchmark_per_class.md", "benchmark_per_class.csv", "benchmark_cost.csv", "benchmark_bars.png", "benchmark_maps.png", "runs"}
     assert len(list(folder.glob("runs/*/run.ipynb"))) == 2 and not list(folder.rglob("*.part*"))
-    assert "| rd4ad |" in out and "RANDOM" in out and str(folder/"benchmark_bars.png") in out
+    assert "| rd4ad |" in out and "weights procedural" in out and "RANDOM" not in out and str(folder/"benchmark_bars.png") in out
     assert "1/2" in err and "2/2" in err
     for name in ("samples.npz", "history.csv", "run.ipynb"):                       # as in a clone: version control keeps records and scores
         for p in folder.glob(f"runs/*/{name}"): p.unlink()

@@ -129,3 +129,19 @@ def test_a_run_trains_nothing_and_says_what_it_keeps(tmp_path):
 def test_levels_are_the_methods_own():
     spec = make_spec(**SMALL | dict(detector="patchcore", layers=None))
     assert prepare(spec).backbone.strides == [8, 16] and prepare(make_spec(**SMALL | dict(detector="rd4ad", layers=None))).backbone.strides == [4, 8, 16]
+
+def test_rows_by_lot_are_the_seeds(backbone):
+    "As many as the coreset, all of them patches, and others for another seed."
+    images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    batches = [dict(features=backbone(images[i:i+2]), cls=torch.zeros(2, dtype=torch.long)) for i in (0, 2, 4)]
+    def bank(seed, **options):
+        torch.manual_seed(seed); d = create_detector("patchcore", backbone, coreset_ratio=.05, **options); d.prepare(batches)
+        return d.bank
+    lot, again, other, greedy = bank(0, subsampling="random"), bank(0, subsampling="random"), bank(1, subsampling="random"), bank(0)
+    every = torch.cat([as_rows(patch_features(b["features"])) for b in batches])
+    assert torch.equal(lot, again) and not torch.equal(lot, other) and lot.shape == greedy.shape
+    assert (lot[:, None] == every).all(-1).any(1).all() and len(lot.unique(dim=0)) == len(lot)
+
+def test_an_option_that_came_later_changes_no_identity():
+    plain, said, random = (prepare(make_spec(**SMALL | dict(detector="patchcore", options=o))) for o in ({}, dict(subsampling="greedy"), dict(subsampling="random")))
+    assert plain.id == said.id != random.id and "subsampling" not in plain.canonical["options"] and random.canonical["options"]["subsampling"] == "random"
