@@ -36,7 +36,7 @@ def detectors(pattern: Annotated[str, typer.Argument(help="shell-style, e.g. 'rd
 def protocols():
     "List the protocols: what each does on the way from maps to numbers."
     from mdd_bench.evaluation.protocols import PROTOCOLS
-    for p in PROTOCOLS.values(): print(f"{p.name:15s} {p.says}")
+    for p in PROTOCOLS.values(): print(f"{p.name:15s} {p.summary}")
 
 @app.command()
 def datasets(path: Annotated[str, typer.Argument(help="a dataset folder, embedded-v1, or heldout:<data>: training normals and synthetic defects to choose options on")], skip_broken: bool = False):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from mdd_bench.data.catalog import digests, read_catalog, verify
-from mdd_bench.data.loading import Rows, batches, load_image, load_mask
+from mdd_bench.data.loading import ImageDataset, batches, load_image, load_mask
 from mdd_bench.errors import DataError
 
 def save(path, array): path.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(array).save(path); return path
@@ -91,5 +91,5 @@ def test_masks_of_several_values_and_channels(tmp_path):
 
 def test_single_last_image_is_dropped_in_training_only(root):
     table = read_catalog(root).part(split="train")
-    rows = Rows(root, table, 16, ["bolt", "nut"])
+    rows = ImageDataset(root, table, 16, ["bolt", "nut"])
     assert sum(len(b["path"]) for b in batches(rows, 5, epoch=0)) == 5 and sum(len(b["path"]) for b in batches(rows, 5)) == 6

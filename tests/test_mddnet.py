@@ -7,7 +7,7 @@ import pytest, torch
 import torch.nn.functional as F
 import mdd_bench.running.run as running
 from mdd_bench.data.defects import Defects
-from mdd_bench.data.loading import Rows
+from mdd_bench.data.loading import ImageDataset
 from mdd_bench.detectors.detector import create_detector, full_options
 from mdd_bench.detectors.mddnet import FUSIONS, distance_loss
 from mdd_bench.errors import SpecError
@@ -70,7 +70,7 @@ def state(module): return {k: v.clone() for k, v in module.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 def make_rows(prepared, detector=None, table=None):
-    p = prepared; rows = Rows(p.catalog.root, p.catalog.part(split="train") if table is None else table, 64, p.catalog.classes)
+    p = prepared; rows = ImageDataset(p.catalog.root, p.catalog.part(split="train") if table is None else table, 64, p.catalog.classes)
     if detector is not None and detector.defects: rows.defects = Defects(**detector.defects, seed=0, images=rows)
     return rows
 
@@ -248,7 +248,7 @@ def test_a_test_sees_features_only(prepared, small):
     table = prepared.catalog.part(split="test")
     for memory in ("class", "cluster"):
         d = trained(prepared, small, memory=memory).eval()
-        maps = [np.concatenate([b["maps"] for b in running.predictions(d, Rows(prepared.catalog.root, t, 64, prepared.catalog.classes), 8, None, 0, "cpu")])
+        maps = [np.concatenate([b["maps"] for b in running.predictions(d, ImageDataset(prepared.catalog.root, t, 64, prepared.catalog.classes), 8, None, 0, "cpu")])
                 for t in (table, table.assign(cls=list(reversed(table.cls)), kind="good", mask=""))]
         assert np.array_equal(*maps)
 

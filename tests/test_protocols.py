@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from mdd_bench.errors import DataError, SpecError
 from mdd_bench.evaluation.metrics import KEYS, Evaluator, UndefinedMetric
-from mdd_bench.evaluation.protocols import MASK_RULES, PIXEL_RULES, PROTOCOLS, Judge, Protocol, evaluate, fitted, get_protocol, smooth
+from mdd_bench.evaluation.protocols import MASK_RULES, PIXEL_RULES, PROTOCOLS, ProtocolEvaluator, Protocol, evaluate, fitted, get_protocol, smooth
 
 exact = get_protocol("exact")
 every_protocol = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
@@ -22,7 +22,7 @@ every_protocol = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PRO
 
 def test_exact_is_what_it_says():
     assert PROTOCOLS["exact"] is exact
-    assert replace(exact, says="") == Protocol("exact", "", size=None, sigma=4, image_score="detector", mask_rule="at_least_half", labels="folder", pixels="exact", fpr_limit=.3)
+    assert replace(exact, summary="") == Protocol("exact", "", size=None, sigma=4, image_score="detector", mask_rule="at_least_half", labels="folder", pixels="exact", fpr_limit=.3)
     with pytest.raises(FrozenInstanceError): exact.sigma = 2
 
 
@@ -243,7 +243,7 @@ def test_a_plain_case_gives_numbers_and_no_warning(protocol):
     assert further["metrics"]["AUPRO"] > got["metrics"]["AUPRO"] and further["metrics"]["P-AUROC"] == got["metrics"]["P-AUROC"]
     assert tuple(got["metrics"]) == KEYS and list(got["per_kind"]) == ["hole", "scratch"] and got["scores"].shape == (7,)
     assert all(0 <= v <= 1 for m in (got["metrics"], *got["per_kind"].values()) for v in m.values())
-    assert PROTOCOLS[protocol.name] is protocol and len(protocol.says) > 20
+    assert PROTOCOLS[protocol.name] is protocol and len(protocol.summary) > 20
 
 
 @pytest.mark.parametrize("with_own", [True, False])
@@ -268,7 +268,7 @@ def test_each_kind_is_judged_beside_the_good_images(protocol, with_own):
 
 @pytest.mark.parametrize("protocol, mode", [*((p, "exact") for p in PROTOCOLS.values()), (exact, "streaming")], ids=[*PROTOCOLS, "exact, streaming"])
 def test_batches_lists_tensors_and_one_update_are_the_same(protocol, mode):
-    batch, judge = case(), Judge(protocol, mode)
+    batch, judge = case(), ProtocolEvaluator(protocol, mode)
     for pick in ([0], [1, 2, 3], [4, 5, 6]):
         judge.update(*some(batch, pick))
         if pick == [1, 2, 3]: same(judge.result(), evaluate(protocol, *some(batch, range(4)), mode=mode))     # asking changes nothing
@@ -338,7 +338,7 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match="maps: .*nan"): evaluate(p, maps*np.nan, own, masks, labels, kinds)
         with pytest.raises(ValueError, match="labels: .* 2"): evaluate(p, maps, own, masks, labels*2, kinds)
         with pytest.raises(ValueError, match=r"mask: shape \(80, 90, 3\), expected \[H, W\]"): evaluate(p, maps, own, [np.stack([masks[0]]*3, 2), *masks[1:]], labels, kinds)
-        judge = Judge(p)
+        judge = ProtocolEvaluator(p)
         with pytest.raises(ValueError, match="mask: .* 255"): judge.update(maps, own, [*masks[:5], masks[5]*255, masks[6]], labels, kinds)
         assert not judge.kinds and not judge.scores                     # nothing is kept
         with pytest.raises(ValueError, match="kinds: image 0 is 'good'"): evaluate(p, maps, own, masks, labels, ["good", *kinds[1:]])

@@ -12,10 +12,10 @@ import pytest
 
 from mdd_bench.errors import DataError, SpecError
 from mdd_bench.reporting.plots import bars, colours, curve, heatmap_grid, loss_curves, save, shared_scale, transfer_map
-from mdd_bench.reporting.tables import (METRICS, arms, caption, comparable, costs, marks, per_class, scores_frame, seen_and_unseen, settings, summary,
+from mdd_bench.reporting.tables import (TABLE_METRICS, arms, caption, comparable, costs, marks, per_class, scores_frame, seen_and_unseen, settings, summary,
                                         to_markdown, transfer, write_table)
 
-KEYS = (*METRICS, "I-FPR95", "P-FPR95", "P-FPR95-good")
+KEYS = (*TABLE_METRICS, "I-FPR95", "P-FPR95", "P-FPR95-good")
 IDS = itertools.count()
 
 
@@ -311,7 +311,7 @@ def test_csv_keeps_every_digit_and_every_record(tmp_path):
     table = summary(records)
     md, csv = write_table(tmp_path/"new", "main", table, "A caption.")
     back = pd.read_csv(csv, index_col=0, dtype=str, keep_default_na=False)   # text, so that no parser rounds
-    for column in [*METRICS, *(f"{m} std" for m in METRICS)]:
+    for column in [*TABLE_METRICS, *(f"{m} std" for m in TABLE_METRICS)]:
         np.testing.assert_array_equal([float(v or "nan") for v in back[column]], table[column])
     assert [ids.split() for ids in back["records"]] == [[records[0].id, records[1].id], [records[2].id]]
     assert back["n"].tolist() == ["2", "1"]

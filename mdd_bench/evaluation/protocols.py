@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MASK_RULES', 'IMAGE_SCORES', 'PIXEL_RULES', 'PROTOCOLS', 'stretch_sums', 'at_least_half', 'interpolated', 'touched',
            'above_half', 'wholly', 'smooth', 'highest', 'top_percent', 'pooled', 'detectors_own', 'counts_above',
-           'Habit', 'Linear', 'Quantiles', 'Bins50', 'PerImage', 'Dilated', 'Protocol', 'get_protocol', 'fitted',
-           'Judge', 'evaluate']
+           'PeerEvaluator', 'Linear', 'Quantiles', 'Bins50', 'PerImage', 'Dilated', 'Protocol', 'get_protocol',
+           'fitted', 'ProtocolEvaluator', 'evaluate']
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #44ff73ba
 import functools
@@ -111,7 +111,7 @@ def counts_above(
     return Curve(n, anomalous + good - n, good, np.append(0, np.cumsum(1/(d & 0xffffffff)[::-1]))[n])
 
 
-class Habit(Evaluator):
+class PeerEvaluator(Evaluator):
     "An exact evaluator of which some pixel metrics are read off as released code does."
     def __init__(self, fpr_limit=0.3): super().__init__("exact", fpr_limit)
     def pixel_values(self, pixel): return super().pixel_values(pixel) | self.changed(pixel)
@@ -122,7 +122,7 @@ class Habit(Evaluator):
         return scores_of(np.array([ends.min(), ends.max()])).astype(float)
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #6e94f548
-class Linear(Habit):
+class Linear(PeerEvaluator):
     "AUPRO from 200 thresholds at equal distances, the rates below the limit divided by the highest of them (released code: Dinomaly, RD4AD, SimpleNet)."
     def thresholds(self): low, high = self.span(); return (low + np.arange(200)*(high - low)/200)[::-1]
     def points(self, t): c = counts_above(self.pixels, t); return rate(c.fp)[:-1], rate(c.overlap)[:-1]
@@ -133,7 +133,7 @@ class Linear(Habit):
         return {"AUPRO": float(trapezoid(y, x/x[-1])) if len(x) > 1 and x[-1] > 0 else np.nan}
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #1983996b
-class Quantiles(Habit):
+class Quantiles(PeerEvaluator):
     "AUPRO from 100 thresholds at equal ranks of the normal pixels (released code: MVTec 3D-AD)."
     def changed(self, c):
         if not (c.fp[-1] and c.tp[-1]): return {}                             # undefined, as in exact
@@ -143,7 +143,7 @@ class Quantiles(Habit):
         return {"AUPRO": area(np.append(x, 1), np.append(y, 1), self.fpr_limit)}
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #636d6de3
-class Bins50(Habit):
+class Bins50(PeerEvaluator):
     "P-AUROC, P-AP and AUPRO from 50 bins of equal width, by trapezoids; P-F1max of 21 thresholds (released code: ADer with adeval)."
     def changed(self, c):
         low, high = self.span()
@@ -189,7 +189,7 @@ PIXEL_RULES = {"exact": Evaluator, "quantiles": Quantiles, "linear": Linear, "pe
 class Protocol:
     "A named way from raw maps to numbers (ours). SpecError for a rule that does not exist."
     name: str
-    says: str                          # what it does to the numbers
+    summary: str                        # what it does to the numbers
     size: int | str | None = None      # where pixels are compared: None: the map's size; 256: 256 x 256; "image": the mask's own size
     sigma: float = 4                   # smoothing: deviation in pixels of a 256-pixel map; 0: none
     taps: int | None = None            # width of the kernel; None: cut at four deviations
@@ -257,7 +257,7 @@ def fitted(
     return interpolate(torch.from_numpy(np.ascontiguousarray(maps))[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0].numpy()
 
 
-class Judge:
+class ProtocolEvaluator:
     "One class under one protocol, batch by batch (ours)."
     def __init__(self, protocol: Protocol, mode="exact"): self.protocol, self.mode, self.kinds, self.scores = protocol, mode, {}, []
 
@@ -310,7 +310,7 @@ class Judge:
 
 
 def evaluate(protocol: Protocol, maps, own_scores, masks, labels, kinds, mode="exact") -> dict:
-    "A class in one batch: `Judge.update`, then `Judge.result`."
-    judge = Judge(protocol, mode)
+    "A class in one batch: `ProtocolEvaluator.update`, then `ProtocolEvaluator.result`."
+    judge = ProtocolEvaluator(protocol, mode)
     judge.update(maps, own_scores, masks, labels, kinds)
     return judge.result()

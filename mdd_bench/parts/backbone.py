@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROCEDURAL', 'unknown_backbone', 'level_strides', 'default_layers', 'read_weights', 'fit_weights', 'procedural_file',
-           'read_recipe', 'hash_tensors', 'hash_weights', 'signed_levels', 'build_pyramid', 'Backbone', 'FeatureStore',
-           'open_store']
+           'read_recipe', 'hash_tensors', 'hash_weights', 'signed_levels', 'build_pyramid', 'Backbone']
 
 # %% ../../nbs/parts/10_backbone.ipynb #f4cc5234
 import hashlib, json, os, re, shutil, warnings
@@ -158,45 +157,3 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images): return [f.float().clamp(-65504, 65504).half().float() for f in self.pyramid((images - self.mean)/self.std)]
-
-# %% ../../nbs/parts/10_backbone.ipynb #e615db28
-class FeatureStore:
-    "Stored features of one set of images: `store[indices]` gives what `backbone(images)` would."
-    def __init__(self, folder): self.levels = [np.load(p, mmap_mode="r") for p in sorted(Path(folder).glob("*.npy"))]
-    def __len__(self): return len(self.levels[0])
-    def __getitem__(self, indices) -> list: return [torch.from_numpy(l[np.asarray(indices)].astype(np.float32)) for l in self.levels]
-
-# %% ../../nbs/parts/10_backbone.ipynb #dd4f18ff
-def open_store(
-    backbone: Backbone,
-    batches,             # all images in order, as dicts with `index` and `image`: a function that gives the iterable
-    n: int,              # how many images
-    identity: str,       # of the images, sizes and preparation: their fingerprint
-    root,                # folder of all stores
-    limit_gb: float = 4, # largest store, gigabytes; 0: never store
-    device="cpu",        # where the backbone is
-):                       # a FeatureStore, or None when it would be too large
-    "The features of these images, from disk or computed now (one pass)."
-    key = hashlib.sha256(json.dumps([identity, backbone.name, backbone.hash, backbone.layers]).encode()).hexdigest()[:20]
-    folder = Path(root)/key
-    if limit_gb > 0 and not folder.is_dir():
-        part = folder.with_name(f"{key}.{os.getpid()}.part")
-        try:
-            if not _fill(part, backbone, batches, n, limit_gb, device): return None
-            part.rename(folder)
-        except OSError:
-            if not folder.is_dir(): raise      # else another process was first: the same features
-        finally: shutil.rmtree(part, ignore_errors=True)
-    return FeatureStore(folder) if limit_gb > 0 else None
-
-def _fill(part, backbone, batches, n, limit_gb, device) -> bool:
-    levels = None
-    for b in batches():
-        features = backbone(b["image"].to(device))
-        if levels is None:
-            if sum(f[0].numel() for f in features) * 2 * n > limit_gb * 1e9: return False
-            part.mkdir(parents=True)
-            levels = [np.lib.format.open_memmap(part/f"{i:02d}.npy", "w+", np.float16, (n, *f.shape[1:])) for i, f in enumerate(features)]
-        for l, f in zip(levels, features): l[b["index"].numpy()] = f.half().cpu().numpy()
-    for l in levels: l.flush()
-    return True

@@ -97,17 +97,17 @@ def nearest(
     rows,        # [N, D]
     bank,        # [M, D]
     k: int = 1,  # neighbours
-    apart=None,  # ([N], [M]): whose each row is; nobody finds rows of his own
+    owners=None, # ([N], [M]): whose each row is; nobody finds rows of his own
 ):               # (Euclidean distances [N, k], ascending; row numbers in the bank [N, k])
     "Exact nearest neighbours by brute force, in blocks of 2^24 distances (64 MB); at most M of them."
     norm, distances, indices, at_once = bank.square().sum(1), [], [], max(1, 2**24//len(bank))
     for i, part in enumerate(rows.split(at_once)):
         d = torch.addmm(norm, part, bank.T, alpha=-2)
-        own = apart and apart[0][i*at_once:(i + 1)*at_once, None]
-        if apart: d.masked_fill_(own == apart[1], float("inf"))
+        own = owners and owners[0][i*at_once:(i + 1)*at_once, None]
+        if owners: d.masked_fill_(own == owners[1], float("inf"))
         at = d.argmin(1, keepdim=True) if k == 1 else d.topk(min(k, len(bank)), largest=False).indices
         exact = torch.stack([(part - bank[j]).norm(dim=1) for j in at.T], 1)
-        if apart: exact.masked_fill_(own == apart[1][at], float("inf"))
+        if owners: exact.masked_fill_(own == owners[1][at], float("inf"))
         exact, order = exact.sort(1)
         distances.append(exact); indices.append(at.gather(1, order))
     return torch.cat(distances), torch.cat(indices)
