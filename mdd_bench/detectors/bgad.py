@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .detector import Detector, Prediction, Recipe, in_range, labelled, normal, register
+from .detector import Detector, Prediction, Recipe, labelled_batches, normal_batches, option, register
 from ..parts.discrepancy import fuse_levels
 from ..parts.patches import as_rows, defective
 
@@ -111,20 +111,17 @@ class BGAD(Detector):
     recipe = Recipe(epochs=200, batch=32, optimizer="adam", lr=2e-4, drops=(.5, .75, .9), backbone="tf_efficientnet_b6.aa_in1k")
     needs = frozenset({"labelled"})
 
-    def __init__(self, backbone, classes=1,
-        couplings: int = 8,     # of each flow
-        hidden: float = 2.,     # width of a coupling's MLP, as a multiple of its inputs
-        beta: float = .01,      # share of normal patches below the boundary
-        tau: float = .1,        # margin between the boundary and where anomalies should be
-        weight: float = 1.,     # lambda: of pull and push
-        warm_up: int = 1,       # epochs with normal patches only
-        rows: int = 2048,       # normal positions of each level in a step, and anomalous ones, at most
-    ):
-        super().__init__(backbone, classes)
-        in_range("couplings", couplings, 1, 1000, whole=True); in_range("hidden", hidden, .01, 100); in_range("beta", beta, 0, .999); in_range("tau", tau, 0, 1e3); in_range("weight", weight, 0, 1e6)
-        in_range("warm_up", warm_up, 0, 10**6, whole=True); in_range("rows", rows, 1, 10**9, whole=True)
-        self.beta, self.tau, self.weight, self.warm_up, self.rows = beta, tau, weight, warm_up, rows
-        self.flows = nn.ModuleList(Flow(c, 128, couplings, hidden) for c in backbone.channels)
+    couplings: int = option(8, least=1, most=1000, help="of each flow")
+    hidden: float = option(2., least=.01, most=100, help="width of a coupling's MLP, as a multiple of its inputs")
+    beta: float = option(.01, least=0, most=.999, help="share of normal patches below the boundary")
+    tau: float = option(.1, least=0, most=1e3, help="margin between the boundary and where anomalies should be")
+    weight: float = option(1., least=0, most=1e6, help="lambda: of pull and push")
+    warm_up: int = option(1, least=0, most=10**6, help="epochs with normal patches only")
+    rows: int = option(2048, least=1, most=10**9, help="normal positions of each level in a step, and anomalous ones, at most")
+
+    def __init__(self, backbone, classes=1, **options):
+        super().__init__(backbone, classes, **options)
+        self.flows = nn.ModuleList(Flow(c, 128, self.couplings, self.hidden) for c in backbone.channels)
         for name in ("top", "boundary"): self.register_buffer(name, torch.zeros(len(self.flows)))              # of each level, over normal training images
         self.register_buffer("patches", torch.zeros(len(self.flows), dtype=torch.long))                          # anomalous positions of each level
         for name in ("images", "rescued", "epochs"): self.register_buffer(name, torch.zeros((), dtype=torch.long))   # labelled images; those with the best position only; epochs done
@@ -132,11 +129,11 @@ class BGAD(Detector):
     def prepare(self, batches):
         for i, flow in enumerate(self.flows):
             n, total, squares = 0, 0., 0.
-            for b in normal(batches): x = as_rows(b["features"][i]).double(); n += len(x); total = total + x.sum(0); squares = squares + x.square().sum(0)
+            for b in normal_batches(batches): x = as_rows(b["features"][i]).double(); n += len(x); total = total + x.sum(0); squares = squares + x.square().sum(0)
             flow.mean.copy_(total/n); deviation = (squares/n - (total/n)**2).clamp_min(0).sqrt()
             flow.deviation.copy_(deviation.clamp_min(.1*deviation.mean() + 1e-9))                                # a channel that hardly moves must not decide alone
         self.images.zero_(); self.rescued.zero_(); self.patches.zero_()
-        for b in labelled(batches):
+        for b in labelled_batches(batches):
             found = [defective(b["mask"], f.shape[-2:]) for f in b["features"]]
             self.images += len(b["mask"]); self.rescued += found[0][1].sum(); self.patches += torch.stack([f.sum() for f, _ in found])
 
@@ -169,7 +166,7 @@ class BGAD(Detector):
 
     def finish(self, batches):
         for i in range(len(self.flows)):
-            l = torch.cat([self.likelihood(i, b["features"][i]) for b in normal(batches)])
+            l = torch.cat([self.likelihood(i, b["features"][i]) for b in normal_batches(batches)])
             self.top[i], self.boundary[i] = l.max(), boundary(l/10, self.beta)
 
     def facts(self):

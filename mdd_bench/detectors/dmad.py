@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import nn
-from .detector import Detector, Prediction, Recipe, in_range, labelled, normal, one_of, register, texture_source, textures
+from .detector import Detector, Prediction, Recipe, labelled_batches, normal_batches, option, register, texture_batches, texture_source
 from .simplenet import Discriminator, xavier
 from ..parts.bank import how_many, k_centres, nearest, project, take
 from ..parts.patches import as_rows, defective, patch_features
@@ -110,83 +110,74 @@ def hinges(
 # %% ../../nbs/detectors/26_dmad.ipynb #f5f4ae8a
 BANKS, KNOWLEDGE, VARIANTS = ("normal", "abnormal", "both"), ("distance", "attention", "both"), ("repaired", "released")
 
-def _fixed(options):
-    "Options that others leave no choice."
-    if options["variant"] == "released": yield "neighbours", 1, "variant=released"
-    elif options["knowledge"] == "distance": yield "neighbours", 1, "knowledge=distance"
-    if options["bank"] == "normal": yield "textures", None, "bank=normal"
-
 @register("dmad")
 class DMAD(Detector):
     "A bank of normal and a bank of abnormal patches, and a network that judges what patches find there (DMAD, arXiv 2403.12362)."
     recipe = Recipe(epochs=160, batch=32, optimizer="adamw", lr=2e-4, weight_decay=1e-5, strides=(8, 16))
-    needs, words, left_over = frozenset({"labelled", "textures"}), dict(bank=BANKS, knowledge=KNOWLEDGE, variant=VARIANTS), _fixed
+    needs = frozenset({"labelled", "textures"})
+    bank: str = option("both", choices=BANKS, help="which banks a patch is compared with")
+    knowledge: str = option("both", choices=KNOWLEDGE, help="what a bank says of a patch")
+    variant: str = option("repaired", choices=VARIANTS, help="the paper's parts made to work, or the released arithmetic")
+    coreset_ratio: float = option(.02, least=1e-9, most=1, help="share of the normal patches that is kept")
+    neighbours: int = option(5, least=1, most=10**4, forced={"variant=released": 1, "knowledge=distance": 1}, help="rows that attention mixes")
+    noise: float = option(.015, least=1e-9, most=1e3, help="standard deviation of pseudo anomalies")
+    margin: float = option(.5, least=1e-9, most=1e3, help="th of the loss")
+    hidden: int = option(1024, least=1, most=2**16, help="width of the network")
+    textures: str = option("procedural", check=texture_source, forced={"bank=normal": None}, help="what the texture patches of the abnormal bank are made of: procedural, images, or a folder")
 
-    def __init__(self, backbone, classes=1,
-        bank: str = "both",            # normal | abnormal | both
-        knowledge: str = "both",       # distance | attention | both
-        coreset_ratio: float = .02,    # share of the normal patches that is kept
-        neighbours: int = 5,           # k of the attention
-        variant: str = "repaired",     # repaired | released
-        noise: float = .015,           # standard deviation of pseudo anomalies
-        margin: float = .5,            # th of the loss
-        hidden: int = 1024,            # width of the network
-        textures: str = "procedural",  # of the abnormal bank: see data.defects
-    ):
-        super().__init__(backbone, classes)
-        one_of("bank", bank, BANKS); one_of("knowledge", knowledge, KNOWLEDGE); one_of("variant", variant, VARIANTS)
-        in_range("coreset_ratio", coreset_ratio, 1e-9, 1); in_range("neighbours", neighbours, 1, 10**4, whole=True); in_range("noise", noise, 1e-9, 1e3); in_range("margin", margin, 1e-9, 1e3); in_range("hidden", hidden, 1, 2**16, whole=True)
-        self.names, self.released, self.ratio, self.k, self.noise, self.margin = [b for b in BANKS[:2] if bank in (b, "both")], variant == "released", coreset_ratio, neighbours, noise, margin
-        if textures is None: self.needs = frozenset({"labelled"})
-        else: texture_source(textures); self.defects = dict(textures=textures)
+    def __init__(self, backbone, classes=1, **options):
+        super().__init__(backbone, classes, **options)
+        self.names, self.released, self.ratio, self.k = [b for b in BANKS[:2] if self.bank in (b, "both")], self.variant == "released", self.coreset_ratio, self.neighbours
+        if self.textures is None: self.needs = frozenset({"labelled"})
+        else: self.defects = dict(textures=self.textures)
         dim = sum(backbone.channels)
         for b in self.names: self.register_buffer(f"{b}_bank", torch.zeros(0, dim))
-        self.knowledge = nn.ModuleDict({b: Knowledge(dim, knowledge, self.released) for b in self.names})
-        self.projection, self.network = nn.Linear(dim, dim), Discriminator(dim*(1 + len(self.names)), hidden)
+        self.banks = nn.ModuleDict({b: Knowledge(dim, self.knowledge, self.released) for b in self.names})
+        self.projection, self.network = nn.Linear(dim, dim), Discriminator(dim*(1 + len(self.names)), self.hidden)
         xavier(self.projection); xavier(self.network)
         self.said = {}
 
-    def bank(self, name): return getattr(self, f"{name}_bank")
+    def rows_of(self, name): return getattr(self, f"{name}_bank")
 
     def param_groups(self):
-        mine = [p for m in (self.projection, self.knowledge) for p in m.parameters() if p.requires_grad]
+        mine = [p for m in (self.projection, self.banks) for p in m.parameters() if p.requires_grad]
         return [dict(params=list(self.network.parameters())), dict(params=mine, lr=1e-4, weight_decay=1e-2)]
 
     def represent(self, f, found):
         "o [N, D(1 + banks)] of patches [N, D] and the rows that they found in each bank, {bank: [N, k, D]}."
-        return torch.cat([self.projection(f), *(self.projection(self.knowledge[b](f, found[b])) for b in self.names)], 1)
+        return torch.cat([self.projection(f), *(self.projection(self.banks[b](f, found[b])) for b in self.names)], 1)
 
     # -- before the training: the banks, and who finds what in them
 
     def prepare(self, batches):
         known = []      # of each batch of labelled images: patches [L*P, D], which are anomalous [L, P], who has only its best-covered one [L], numbers [L]
-        for b in labelled(batches):
+        for b in labelled_batches(batches):
             patches = patch_features(b["features"]); bad, alone = anomalous(b["mask"], patches.shape[-2:], self.released)
             known.append((as_rows(patches), bad.flatten(1), alone, b["index"].to(bad.device)))
-        rows, owner = choose(lambda: normal(batches), self.ratio)
+        rows, owner = choose(lambda: normal_batches(batches), self.ratio)
         made, owners, self.said = dict(normal=rows), dict(normal=owner), {}
         if "abnormal" in self.names:
             seen = torch.cat([x[bad.flatten()] for x, bad, *_ in known]) if known else rows[:0]
-            made["abnormal"], self.said = abnormal_bank(seen, choose(lambda: textures(batches), TEXTURE_RATIO)[0], rows, self.classes, self.noise)
+            made["abnormal"], self.said = abnormal_bank(seen, choose(lambda: texture_batches(batches), TEXTURE_RATIO)[0], rows, self.classes, self.noise)
             of = torch.cat([index.repeat_interleave(bad.sum(1)) for _, bad, _, index in known]) if known else owner[:0]
             owners["abnormal"] = F.pad(of, (0, len(made["abnormal"]) - len(of)), value=-1)       # -1: of no labelled image
         for b in self.names: setattr(self, f"{b}_bank", made[b])
         self._look_up(batches, known, owners)
-        self.said |= {b: len(self.bank(b)) for b in self.names}
+        self.said |= {b: len(self.rows_of(b)) for b in self.names}
         if known: self.said |= {"labelled images": sum(len(k[2]) for k in known), "best-covered patch only": int(sum(k[2].sum() for k in known))}
 
     def _look_up(self, batches, known, owners):
         "Row numbers of the neighbours of every training patch, int32 [images, positions, k]; not saved."
         def of(rows, index, bank, own):     # rows [B*P, D] of the images `index`
-            apart = None if self.released or not own else (index.to(rows.device).repeat_interleave(len(rows)//len(index)), owners[bank].to(rows.device))
-            return nearest(rows, self.bank(bank), self.k, apart)[1].int().view(len(index), -1, min(self.k, len(self.bank(bank)))).cpu()
-        self.found = {b: torch.cat([of(as_rows(patch_features(x["features"])), x["index"], b, b == "normal") for x in normal(batches)]) for b in self.names}
+            owned_by = None if self.released or not own else (index.to(rows.device).repeat_interleave(len(rows)//len(index)), owners[bank].to(rows.device))
+            return nearest(rows, self.rows_of(bank), self.k, owned_by)[1].int().view(len(index), -1, min(self.k, len(self.rows_of(bank)))).cpu()
+        self.found = {b: torch.cat([of(as_rows(patch_features(x["features"])), x["index"], b, b == "normal") for x in normal_batches(batches)]) for b in self.names}
         self.found_known = {b: torch.cat([of(rows, index, b, b == "abnormal") for rows, _, _, index in known]) for b in self.names} if known else {}
         self.bad_known = torch.cat([bad for _, bad, *_ in known]).cpu() if known else None
 
     # -- training and test
 
-    def _of(self, table, index, device): return {b: self.bank(b)[t[index.cpu()].flatten(0, 1).long().to(device)] for b, t in table.items()}
+    def _of(self, table, index, device): return {b: self.rows_of(b)[t[index.cpu()].flatten(0, 1).long().to(device)] for b, t in table.items()}
 
     def losses(self, batch):
         f, found = as_rows(patch_features(batch["features"])), self._of(self.found, batch["index"], batch["features"][0].device)
@@ -200,27 +191,27 @@ class DMAD(Detector):
         "The statistics of batch normalisation, anew: the mean over one more pass instead of what the last steps happened to leave."
         norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm1d)]
         for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
-        known = list(labelled(batches))
+        known = list(labelled_batches(batches))
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
-            for i, b in enumerate(normal(batches)): self.losses(b | (dict(labelled=known[i % len(known)]) if known else {}))
+            for i, b in enumerate(normal_batches(batches)): self.losses(b | (dict(labelled=known[i % len(known)]) if known else {}))
         for m in norms: m.momentum = .1; m.eval()
 
     def _labelled(self, batch):
         "Anomalous patches [N, D] of labelled images, and the rows that they found."
         index = batch["index"].cpu(); bad = self.bad_known[index].flatten()
         f = as_rows(patch_features(batch["features"]))
-        return f[bad.to(f.device)], {b: self.bank(b)[t[index].flatten(0, 1)[bad].long().to(f.device)] for b, t in self.found_known.items()}
+        return f[bad.to(f.device)], {b: self.rows_of(b)[t[index].flatten(0, 1)[bad].long().to(f.device)] for b, t in self.found_known.items()}
 
     def predict(self, features, size):
         patches = patch_features(features)
         rows, (n, _, h, w) = as_rows(patches), patches.shape
-        score = lambda part: self.network(self.represent(part, {b: self.bank(b)[nearest(part, self.bank(b), self.k)[1]] for b in self.names}))
+        score = lambda part: self.network(self.represent(part, {b: self.rows_of(b)[nearest(part, self.rows_of(b), self.k)[1]] for b in self.names}))
         grid = -torch.cat([score(part) for part in rows.split(max(1, 2**24//(self.k*rows.shape[1])))]).view(n, 1, h, w)
         return Prediction(F.interpolate(grid, size, mode="bilinear")[:, 0], grid.amax((1, 2, 3)))
 
     def facts(self): return dict(banks=self.said) if self.said else {}
 
     def load_state_dict(self, state, strict=True):
-        for b in self.names: setattr(self, f"{b}_bank", self.bank(b).new_zeros(state[f"{b}_bank"].shape))
+        for b in self.names: setattr(self, f"{b}_bank", self.rows_of(b).new_zeros(state[f"{b}_bank"].shape))
         return super().load_state_dict(state, strict)

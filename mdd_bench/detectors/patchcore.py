@@ -8,7 +8,7 @@ __all__ = ['SCOPES', 'SAMPLINGS', 'image_score', 'PatchCore']
 # %% ../../nbs/detectors/23_patchcore.ipynb #a2cccbdc
 import torch
 import torch.nn.functional as F
-from .detector import Detector, Prediction, Recipe, in_range, one_of, register
+from .detector import Detector, Prediction, Recipe, option, register
 from ..parts.bank import how_many, k_centres, nearest, project, take
 from ..parts.patches import as_rows, patch_features
 
@@ -31,19 +31,16 @@ SCOPES, SAMPLINGS = ("all", "class"), ("greedy", "random")
 @register("patchcore")
 class PatchCore(Detector):
     "A coreset of normal patches and the distance to it (PatchCore, CVPR 2022)."
-    recipe, words = Recipe(epochs=0, batch=16, strides=(8, 16)), dict(coreset_scope=SCOPES, subsampling=SAMPLINGS)
-    later = dict(subsampling="greedy")
+    recipe = Recipe(epochs=0, batch=16, strides=(8, 16))
+    coreset_ratio: float = option(.01, least=1e-9, most=1, help="share of the patches that is kept")
+    coreset_scope: str = option("all", choices=SCOPES, help="one coreset, or one for each class")
+    neighbours: int = option(9, least=1, most=10**6, help="b of the image score; 1: not weighted")
+    subsampling: str = option("greedy", choices=SAMPLINGS, help="the coreset, or as many rows at random")
 
-    def __init__(self, backbone, classes=1,
-        coreset_ratio: float = .01,   # share of the patches that is kept
-        coreset_scope: str = "all",   # all | class: one coreset, or one of each class
-        neighbours: int = 9,          # b of the image score; 1: not weighted
-        subsampling: str = "greedy",  # greedy | random: the coreset, or rows by lot
-    ):
-        super().__init__(backbone, classes)
-        one_of("coreset_scope", coreset_scope, SCOPES); one_of("subsampling", subsampling, SAMPLINGS); in_range("coreset_ratio", coreset_ratio, 1e-9, 1); in_range("neighbours", neighbours, 1, 10**6, whole=True)
-        self.ratio, self.scope, self.neighbours, self.subsampling = coreset_ratio, coreset_scope, neighbours, subsampling
-        self.needs = frozenset({"cls"} if coreset_scope == "class" else ())
+    def __init__(self, backbone, classes=1, **options):
+        super().__init__(backbone, classes, **options)
+        self.ratio, self.scope = self.coreset_ratio, self.coreset_scope
+        self.needs = frozenset({"cls"} if self.coreset_scope == "class" else ())
         self.register_buffer("bank", torch.zeros(0, sum(backbone.channels)))
 
     def prepare(self, batches):

@@ -16,8 +16,8 @@ class RD4AD(Detector):
     "Reverse distillation (RD4AD, CVPR 2022; recipe of the multi-class re-runs)."
     recipe = Recipe(epochs=100, batch=16, optimizer="adam", lr=5e-3, betas=(0.5, 0.999), drops=(0.8,))
 
-    def __init__(self, backbone, classes=1):
-        super().__init__(backbone, classes)
+    def __init__(self, backbone, classes=1, **options):
+        super().__init__(backbone, classes, **options)
         self.bottleneck, self.decoder = Bottleneck(backbone), Decoder(backbone)
 
     def losses(self, batch):

@@ -9,7 +9,7 @@ __all__ = ['counterfeit', 'Discriminator', 'xavier', 'truncated_loss', 'SimpleNe
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .detector import Detector, Prediction, Recipe, in_range, register
+from .detector import Detector, Prediction, Recipe, option, register
 from ..parts.patches import as_rows, patch_features
 
 # %% ../../nbs/detectors/24_simplenet.ipynb #9d556b26
@@ -45,15 +45,14 @@ class SimpleNet(Detector):
     "Normal patches against the same with noise, by a small network (SimpleNet, CVPR 2023; schedule of a multi-class re-run)."
     recipe = Recipe(epochs=100, batch=32, optimizer="adamw", lr=2e-4, weight_decay=1e-5, drops=(.8,), strides=(8, 16))
 
-    def __init__(self, backbone, classes=1,
-        noise: float = .015,   # standard deviation of the counterfeits' noise
-        margin: float = .5,    # th of the loss
-        hidden: int = 1024,    # width of the discriminator
-    ):
-        super().__init__(backbone, classes)
-        in_range("noise", noise, 1e-9, 1e3); in_range("margin", margin, 1e-9, 1e3); in_range("hidden", hidden, 1, 2**16, whole=True)
-        self.noise, self.margin, dim = noise, margin, sum(backbone.channels)
-        self.adaptor, self.discriminator = nn.Linear(dim, dim), Discriminator(dim, hidden)
+    noise: float = option(.015, least=1e-9, most=1e3, help="standard deviation of the counterfeits' noise")
+    margin: float = option(.5, least=1e-9, most=1e3, help="th of the loss")
+    hidden: int = option(1024, least=1, most=2**16, help="width of the discriminator")
+
+    def __init__(self, backbone, classes=1, **options):
+        super().__init__(backbone, classes, **options)
+        dim = sum(backbone.channels)
+        self.adaptor, self.discriminator = nn.Linear(dim, dim), Discriminator(dim, self.hidden)
         xavier(self)
 
     def param_groups(self):

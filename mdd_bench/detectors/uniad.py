@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DIM', 'HEADS', 'HIDDEN', 'LAYERS', 'DROPOUT', 'align', 'as_tokens', 'jitter_tokens', 'neighbour_mask',
            'neighbour_side', 'Attention', 'Positions', 'mlp', 'EncoderLayer', 'DecoderLayer', 'Transformer',
-           'window_score', 'UniAD']
+           'window_score', 'odd_or_zero', 'UniAD']
 
 # %% ../../nbs/detectors/25_uniad.ipynb #f75490cb
 from copy import deepcopy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .detector import Detector, Prediction, Recipe, in_range, register
+from .detector import Detector, Prediction, Recipe, option, register
 from ..errors import SpecError
 from ..parts.discrepancy import fuse_levels
 
@@ -146,20 +146,22 @@ def window_score(
     return F.avg_pool2d(maps[:, None], window, stride=1).amax((1, 2, 3))
 
 # %% ../../nbs/detectors/25_uniad.ipynb #71623d61
+def odd_or_zero(side: int):
+    "Raise `SpecError` for an even side of the barred square."
+    if side and side % 2 == 0:
+        raise SpecError(f"neighbours={side}", "give an odd number, so that the position is in the middle, or 0 for no mask")
+
 @register("uniad")
 class UniAD(Detector):
     "A transformer with layer-wise queries and neighbour masked attention that rebuilds jittered features (UniAD, NeurIPS 2022)."
     recipe = Recipe(epochs=1000, batch=8, optimizer="adamw", lr=1e-4, weight_decay=1e-4, drops=(.8,), clip=.1, backbone="efficientnet_b4", strides=(2, 4, 8, 16))
 
-    def __init__(self, backbone, classes=1,
-        neighbours: int = None,   # side of the square that a position does not attend to, odd; 0: no mask; None: half of the grid
-        jitter: float = 20.,      # alpha of the noise on the tokens in training; 0: none
-    ):
-        super().__init__(backbone, classes)
-        if neighbours is not None: in_range("neighbours", neighbours, 0, 10**6, whole=True)
-        if neighbours and neighbours % 2 == 0: raise SpecError(f"neighbours={neighbours}", "give an odd number, so that the position is in the middle, or 0 for no mask")
-        in_range("jitter", jitter, 0, 1e6)
-        self.neighbours, self.jitter, self.transformer = neighbours, jitter, Transformer(sum(backbone.channels))
+    neighbours: int | None = option(None, least=0, most=10**6, check=odd_or_zero, help="side of the square that a position does not attend to; 0: no mask; none: half of the grid")
+    jitter: float = option(20., least=0, most=1e6, help="alpha of the noise on the tokens in training; 0: none")
+
+    def __init__(self, backbone, classes=1, **options):
+        super().__init__(backbone, classes, **options)
+        self.transformer = Transformer(sum(backbone.channels))
 
     @property
     def grid(self): return self.transformer.positions.grid
