@@ -21,7 +21,7 @@ from ..errors import DataError, unknown
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 def is_image(path) -> bool:
-    "Is this the name of an image file? Hidden files are none."
+    "Returns whether this is the name of an image file; hidden files do not count."
     path = Path(path)
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 
@@ -42,8 +42,8 @@ def folders_in(
 
 # %% ../../nbs/data/01_catalog.ipynb #e039e698
 def masks_of(
-    kind: Path,  # <class>/test/<kind>
-) -> dict:       # stem of the file -> file, from <class>/ground_truth/<kind>
+    kind: Path,  # the folder <class>/test/<kind>
+) -> dict:       # stem -> file, for the images in <class>/ground_truth/<kind>
     "Returns the masks of one kind of defect; of two files with one stem, the first by name."
     masks = {}
     for p in images_in(kind.parents[1]/"ground_truth"/kind.name):

@@ -111,7 +111,7 @@ class ImageDataset(Dataset):
 def order(
     n: int,      # rows
     seed: int,   # of the training
-    epoch: int,
+    epoch: int,  # counted from 0
 ) -> list[int]:  # a permutation of 0 .. n-1
     "Returns the order of the rows in one epoch."
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()

@@ -101,7 +101,7 @@ def choose(
 
 # %% ../../nbs/data/03_splits.ipynb #7ea21342
 def mark(
-    catalog: Catalog,
+    catalog: Catalog,  # nothing marked
     labelled,          # paths of the labelled anomalies
     held_out,          # paths of all images that leave the test; labelled ones may be among them
 ) -> Catalog:
@@ -159,10 +159,10 @@ def make_split(
 
 # %% ../../nbs/data/03_splits.ipynb #42bfe7ea
 def check_request(
-    scheme: str,
-    labelled: int,
-    hold_out: int,
-    label_classes: list,  # or None
+    scheme: str,          # one of SCHEMES, or a misspelt one
+    labelled: int,        # N of this arm
+    hold_out: int,        # N of the study's largest arm
+    label_classes: list,  # classes whose anomalies are labelled, or None
     classes: list,        # all classes of the dataset
 ):
     "Raises `SpecError` for a draw that no data could give."
@@ -181,7 +181,7 @@ def check_request(
 def draw(
     catalog: Catalog,
     scheme: str = "pooled",  # one of SCHEMES
-    labelled: int = 0,       # N
+    labelled: int = 0,       # N, the number of images to label from each pool
     seed: int = 0,           # of the draw, not of the training
     hold_out: int = None,    # N of the study's largest arm; None: this one's
     classes: list = None,    # with from_classes: the classes whose anomalies are labelled
@@ -231,8 +231,8 @@ def read_manifest(
 
 # %% ../../nbs/data/03_splits.ipynb #c0ccbd0d
 def check_files(
-    catalog: Catalog,
-    manifest: dict,
+    catalog: Catalog,  # the dataset, nothing marked
+    manifest: dict,    # of a draw on the same data
 ):
     "Raises `DataError` for the first file of the manifest that is not among the test images."
     splits = dict(zip(catalog.table.path, catalog.table.split))
@@ -243,7 +243,7 @@ def check_files(
 
 def check_labelled(
     contents: dict,  # the `content_hashes` of the labelled images
-    manifest: dict,
+    manifest: dict,  # with the hashes that they should have
 ):
     "Raises `DataError` for the first labelled image or mask that is not the one of the manifest."
     for path, hashes in contents.items():
@@ -256,8 +256,8 @@ def check_labelled(
 
 # %% ../../nbs/data/03_splits.ipynb #6c603f7b
 def follow(
-    catalog: Catalog,
-    manifest: dict,
+    catalog: Catalog,  # the dataset, nothing marked
+    manifest: dict,    # of a draw on the same data
 ) -> Split:
     """Returns the split that a manifest describes (ours).
 
