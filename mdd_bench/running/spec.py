@@ -34,19 +34,19 @@ def spec_field(default, help: str, **declaration):
 @dataclass
 class DataFields:
     "What is seen, and through which features."
-    data: str = spec_field("embedded-v1", "a dataset folder, embedded-v1, embedded-v1-smoke, embedded-v1-large, "
-                           "or heldout:<one of these>", group="Data")
+    data: str = spec_field("embedded-v1", "a dataset folder, embedded-v1 (-smoke, -large), or heldout:<one of these>",
+                           group="Data")
     classes: list[str] | None = spec_field(None, "product classes to use; none: all", group="Data")
     size: int = spec_field(256, "images become size x size pixels", least=16, group="Data")
     skip_broken: bool = spec_field(False, "leave unreadable images out instead of stopping", group="Data", identity=False)
     calibration: float | None = spec_field(
-        None, "share of the normal training images that is kept out of training and scored; none: no images",
+        None, "share of the training images that is kept out of training and scored; none: 0",
         least=0, most=1, group="Data")
     backbone: str | None = spec_field(
-        None, "a timm model that offers feature levels; none: that of the procedural weights, or the detector's recipe",
+        None, "a timm model; none: that of the procedural weights, or of the detector's recipe",
         group="Features")
-    weights: str = spec_field("pretrained", "of the backbone: pretrained (timm's download), procedural (the project's own), "
-                              "random, or a file", group="Features")
+    weights: str = spec_field("pretrained", "of the backbone: pretrained (timm's), procedural (ours), random, or a file",
+                              group="Features")
     layers: list[int] | None = spec_field(None, "feature levels to use; none: those of the detector's recipe", group="Features")
 
 # %% ../../nbs/running/50_spec.ipynb #e65f17a1
@@ -60,11 +60,11 @@ class LabelFields:
     label_seed: int | None = spec_field(None, "decides which anomalies are labelled; none: the seed", least=0,
                                         group="Labels", identity=False)
     hold_out: int | None = spec_field(
-        None, "anomalies that the study's largest arm labels: they leave the test of every arm; none: those of this run",
+        None, "anomalies that leave the test of every arm: those of the largest; none: of this run",
         least=0, group="Labels", identity=False)
     labelled_at_most: bool = spec_field(False, "a class with fewer anomalies than asked for gives what it can",
                                         group="Labels", identity=False)
-    manifest: str | None = spec_field(None, "a file of labelled anomalies instead of a draw (mdd_bench labels writes one)",
+    manifest: str | None = spec_field(None, "a file of labelled anomalies instead of a draw (see mdd_bench labels)",
                                       group="Labels", identity=False)
 
 # %% ../../nbs/running/50_spec.ipynb #2c674756
@@ -77,7 +77,7 @@ class TrainingFields:
                               choices=SETTINGS, group="Detector")
     seed: int = spec_field(0, "decides weights, order and synthetic defects", least=0, group="Training")
     epochs: int | str | None = spec_field(
-        None, "passes over the training images, or a share of the detector's recipe, as 10%; none: the recipe",
+        None, "passes over the training images, or a share of the recipe, as 10%; none: the recipe",
         least=0, convert=as_epochs, group="Training")
     batch: int | None = spec_field(None, "images in a step; none: the detector's recipe", least=1, group="Training")
     precision: str = spec_field("float32", "of the training steps", choices=PRECISIONS, group="Training")
