@@ -1,4 +1,4 @@
-"Synthetic defects: a pair differs inside its mask only, and a sample is damaged the same way in every process."
+"Synthetic defects: a pair differs inside its mask only, and a sample is damaged alike in every process."
 import hashlib, multiprocessing, pickle
 import numpy as np
 import pytest
