@@ -237,13 +237,12 @@ def binned_pixel_values(
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #25cd66ac
 def value_bounds(
-    image: Curve,      # the curve of images
-    pixel: Curve,      # the curve of pixels
-    fpr_limit: float,  # AUPRO: the largest false-positive rate that counts
-    binned: bool,      # whether pixel scores were joined in bins
+    values: dict[str, float],  # the metrics of images and of pixels
+    pixel: Curve,              # the curve of pixels
+    fpr_limit: float,          # AUPRO: the largest false-positive rate that counts
+    binned: bool,              # whether pixel scores were joined in bins
 ) -> dict[str, tuple[float, float]]:
     "The lowest and the highest value that each metric can have (ours)."
-    values = image_values(image) | pixel_values(pixel, fpr_limit)
     bounds = {k: (v, v) for k, v in values.items()}
     if binned: bounds |= pixel_bounds(pixel, fpr_limit)
     lowest = with_mean({k: low for k, (low, _) in bounds.items()})
@@ -292,7 +291,8 @@ class Evaluator(Collector):
     def bounds(self) -> dict[str, tuple[float, float]]:  # (low, high) for each of `KEYS`
         "The bounds of the exact metrics; in the exact mode, the value twice. ValueError without images."
         image, pixel = self.curves()
-        bounds = value_bounds(image, pixel, self.counting.fpr_limit, self.binned())
+        values = image_values(image) | self.pixel_values(pixel)
+        bounds = value_bounds(values, pixel, self.counting.fpr_limit, self.binned())
         return bounds if self.counting.mode == "exact" else widened(bounds, pixel)
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #220efee6
