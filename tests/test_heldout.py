@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 from mdd_bench.data import heldout as module
 from mdd_bench.data.catalog import read_catalog, verify
+from mdd_bench.data.datasets import dataset_folder
 from mdd_bench.data.heldout import (
-    KINDS, LEAST_CHANGE, LEAST_PIXELS, PAIRS, dataset_folder, draw_defect, held_out, heldout, stream, visible,
+    KINDS, LEAST_CHANGE, LEAST_PIXELS, PAIRS, draw_defect, held_out, heldout, stream, visible,
 )
 from mdd_bench.data.loading import load_image, load_mask
 from mdd_bench.data.synthetic import embedded

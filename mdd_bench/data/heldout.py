@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'LARGEST', 'LEAST_CHANGE', 'LEAST_SEEN', 'LEAST_PIXELS', 'KINDS', 'TRIES', 'LEAST_IMAGES', 'PAIRS',
-           'REVISION', 'HELDOUT', 'stream', 'side', 'random_area', 'random_centre', 'coordinates', 'piece', 'moved',
-           'arc', 'scratch', 'smoothstep', 'uneven_outline', 'stain', 'swirl', 'warp', 'changed', 'visible',
-           'strong_stain', 'Defect', 'draw_defect', 'held_out', 'list_training_images', 'read_digests',
-           'TrainingImages', 'without_copies', 'training_images', 'write_defect', 'write_class', 'heldout',
-           'dataset_folder']
+           'REVISION', 'stream', 'side', 'random_area', 'random_centre', 'coordinates', 'piece', 'moved', 'arc',
+           'scratch', 'smoothstep', 'uneven_outline', 'stain', 'swirl', 'warp', 'changed', 'visible', 'strong_stain',
+           'Defect', 'draw_defect', 'held_out', 'list_training_images', 'read_digests', 'TrainingImages',
+           'without_copies', 'training_images', 'write_defect', 'write_class', 'heldout']
 
 # %% ../../nbs/data/06_heldout.ipynb #afe887b5
 import hashlib, re, shutil
@@ -18,10 +17,9 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
-from .catalog import cache_dir, digests, images_in
+from .catalog import cache_dir, digests, folders_in, images_in
 from .loading import load_image
-from .synthetic import embedded
-from ..errors import DataError, SpecError, unknown
+from ..errors import DataError, unknown
 
 # %% ../../nbs/data/06_heldout.ipynb #71e5fa68
 def stream(
@@ -267,7 +265,7 @@ def list_training_images(
     if not root.is_dir():
         raise DataError(f"no folder {root}",
                         "give the folder that holds one sub-folder per product class, or embedded-v1")
-    folders = sorted(p for p in root.iterdir() if (p/"train").is_dir())
+    folders = [p for p in folders_in(root) if (p/"train").is_dir()]
     if not folders:
         raise DataError(f"no training images in {root}", "expected <class>/train/good/*.png below it")
     return {folder.name: images_in(folder/"train"/"good") for folder in folders}
@@ -370,20 +368,3 @@ def heldout(
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return done
-
-# %% ../../nbs/data/06_heldout.ipynb #218d3dee
-HELDOUT = "heldout:"
-
-def dataset_folder(
-    data: str, # a dataset folder, embedded-v1..., or heldout:<one of these>
-) -> Path:     # the folder, drawn if need be
-    "The folder of a run's `data`. Raises `SpecError` for an unknown name, `DataError` where `heldout` does."
-    data = str(data)
-    if data.startswith("embedded-"): return embedded(data)
-    if not data.startswith(HELDOUT): return Path(data).expanduser()
-    inner = data.removeprefix(HELDOUT)
-    if not inner or inner.startswith(HELDOUT):
-        raise SpecError(f"data {data!r}",
-                        f"after {HELDOUT} comes a dataset folder or an embedded benchmark, "
-                        f"for example {HELDOUT}embedded-v1")
-    return heldout(dataset_folder(inner))
