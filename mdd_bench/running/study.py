@@ -196,9 +196,11 @@ def parameter_cell(
     if study.arms:
         values["arms"], texts["arms"] = study.smoke.get("arms"), "which rows, 'a,b'; None: all"
     for name, o in SETTINGS.items(): values[name], texts[name] = o.default, o.help
-    lines = [(f"{name} = {value!r}", texts[name]) for name, value in values.items()]
-    width = max(len(line) for line, _ in lines)
-    return "\n".join(f"{line:{width}}  # {text}" for line, text in lines)
+    lines = []
+    for name, value in values.items():
+        literal = f'"{value}"' if isinstance(value, str) else repr(value)
+        lines.append(f"{f'{name} = {literal}':28}  # {texts[name]}")
+    return "\n".join(lines)
 
 # %% ../../nbs/running/58a_study.ipynb #52e7b366
 def given(
