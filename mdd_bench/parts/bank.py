@@ -42,6 +42,7 @@ def _candidates(
     above, equal = (far > least).nonzero()[:, 0], (far == least).nonzero()[:, 0]
     return _Candidates(torch.cat([above, equal])[:block].sort().values, least)
 
+# %% ../../nbs/parts/11b_bank.ipynb #349e960d
 def _next_picks(
     far,         # [N] squared distance of each row to its nearest chosen one
     x,           # [N, D] rows
@@ -186,7 +187,7 @@ def nearest(
     rows,         # [N, D]
     bank,         # [M, D]
     k: int = 1,   # neighbours, at most M
-    owners=None,  # ([N], [M]) owner of each row, who does not find rows of his own; None: all are found
+    owners=None,  # ([N], [M]) owner of each row; no owner finds its own rows; None: all rows are found
 ) -> Neighbours:
     "Find the exact nearest neighbours by brute force, in blocks of 2^24 distances (64 MB)."
     norm = bank.square().sum(1)
