@@ -342,12 +342,12 @@ class Textures(Dataset):
         size: int,         # pixels of the square images
         number: int = 47,  # how many
     ):
-        self.defects, self.size, self.number = defects, size, number
+        self.drawing, self.size, self.number = defects, size, number
 
     def __len__(self): return self.number
 
     def __getitem__(self, i):
-        rng = np.random.default_rng([self.defects.seed, i])
-        texture = self.defects.textures.draw(rng, i, (self.size, self.size))
+        rng = np.random.default_rng([self.drawing.seed, i])
+        texture = self.drawing.textures.draw(rng, i, (self.size, self.size))
         image = torch.from_numpy(np.ascontiguousarray(texture, dtype=np.float32))
         return dict(index=i, path=f"texture {i}", cls=-1, image=image, texture=True)
