@@ -60,7 +60,7 @@ class LabelFields:
     label_seed: int | None = spec_field(None, "decides which anomalies are labelled; none: the seed", least=0,
                                         group="Labels", identity=False)
     hold_out: int | None = spec_field(
-        None, "anomalies that leave the test of every arm: those of the largest; none: of this run",
+        None, "anomalies that every arm keeps out of its test; none: those it labels",
         least=0, group="Labels", identity=False)
     labelled_at_most: bool = spec_field(False, "a class with fewer anomalies than asked for gives what it can",
                                         group="Labels", identity=False)
