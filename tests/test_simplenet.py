@@ -42,7 +42,7 @@ def close(a, b, atol=1e-5, rtol=1e-5): torch.testing.assert_close(a, b, atol=ato
 def paper_patches(features):
     """Equations 1 to 3, [B, H*W, D]: the mean of the nine cells of each 3 x 3 neighbourhood.
 
-    Beyond the border are zeros. Coarser levels are enlarged to the finest grid; the levels stand side by side.
+    Beyond the border are zeros. Coarser levels are enlarged to the finest grid and put side by side.
     """
     h, w = features[0].shape[-2:]
     levels = []
@@ -264,8 +264,8 @@ def test_it_trains_in_bfloat16(backbone):
 # Options and runs --------------------------------------------------------------------------------
 
 BAD_OPTIONS = [dict(noise=0), dict(noise=-.1), dict(noise="much"), dict(noise=float("inf")),
-               dict(margin=0), dict(margin=float("nan")), dict(hidden=0), dict(hidden=2.5), dict(hidden="wide"),
-               dict(std=.015)]
+               dict(margin=0), dict(margin=float("nan")), dict(hidden=0), dict(hidden=2.5),
+               dict(hidden="wide"), dict(std=.015)]
 
 @pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
 def test_bad_options(backbone, options):
