@@ -37,7 +37,7 @@ def prepared(seed=0, size=64, backbone=None, **options):
 
 @cache
 def perturbed():
-    "A prepared detector, on an 8 x 8 grid, with every parameter away from its start, zeros and ones included."
+    "A prepared detector, on an 8 x 8 grid, with every parameter away from its start (zeros and ones too)."
     detector, g = prepared(), generator(1)
     with torch.no_grad():
         for p in detector.parameters(): p += .05*torch.randn(p.shape, generator=g)
