@@ -49,7 +49,7 @@ def test_the_flow_is_invertible_and_its_determinant_is_autograds(channels):
     position = torch.tensor([0, 1, 2, 2, 1, 0, 1])
     z, logdet = flow(x, conditions, position)
     back = flow.inverse(z, conditions, position)
-    torch.testing.assert_close(back, x, atol=1e-3, rtol=1e-3)    # the mixing is orthogonal to single precision
+    torch.testing.assert_close(back, x, atol=1e-3, rtol=1e-3)    # mixing is orthogonal to single precision
     for i in range(len(x)):
         def one(v): return flow(v[None], conditions, position[i:i + 1])[0][0]
         of_jacobian = torch.autograd.functional.jacobian(one, x[i]).slogdet()[1]
