@@ -36,9 +36,9 @@ def stretch_sums(
     q, rest = np.divmod(np.arange(n + 1)*len(x), n)
     rest = rest.reshape(-1, *[1]*(x.ndim - 1))
     zero = np.zeros_like(x[:1])
-    sums_before = np.concatenate([zero, np.cumsum(x, axis=0)])
-    padded = np.concatenate([x, zero])
-    return np.diff(n*sums_before[q] + rest*padded[q], axis=0)
+    whole = np.concatenate([zero, np.cumsum(x, axis=0)])[q]
+    cut = np.concatenate([x, zero])[q]
+    return np.diff(n*whole + rest*cut, axis=0)
 
 
 def at_least_half(
