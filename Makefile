@@ -1,4 +1,4 @@
-# make demo | test | test-all | notebooks | peers | lab | clean     PYTHON=python3.12 chooses the interpreter of a new environment
+# make demo | test | test-all | lint | notebooks | peers | lab | clean     PYTHON=python3.12 chooses the interpreter of a new environment
 PYTHON ?= python3
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -6,21 +6,25 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all notebooks peers lab clean check-notebooks
+.PHONY: demo test test-all lint notebooks peers lab clean check-notebooks
 demo: .venv/.installed
 	mdd_bench sweep benchmark --out results/demo
 
-test: .venv/.installed check-notebooks
+test: .venv/.installed lint check-notebooks
 	OMP_NUM_THREADS=1 pytest -q -n 2 -m "not slow"
 
-test-all: .venv/.installed check-notebooks
+test-all: .venv/.installed lint check-notebooks
 	OMP_NUM_THREADS=1 pytest -q -n 2
+
+# The style of notebooks, tests and hand-written files (pyproject.toml says which rules); the library is what the notebooks are.
+lint: .venv/.installed
+	ruff check nbs tests setup.py mdd_bench/__init__.py
 
 # Every library notebook runs from top to bottom (one thread per worker, or they fight for the cores).
 check-notebooks: .venv/.installed
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
 
-# Export the library, execute what is out of date, clean, and stamp each notebook with the hash of its code.
+# Export the library, write the parameter cells of the studies, execute what is out of date, clean, and stamp each notebook with the hash of its code.
 notebooks: .venv/.installed
 	nbdev_export
 	python tests/notebooks.py

@@ -5,33 +5,45 @@
 # %% auto #0
 __all__ = ['MddBenchError', 'DataError', 'SpecError', 'WeightsError', 'TrainingError', 'StoreError', 'unknown']
 
+# %% ../nbs/00_errors.ipynb #24ea3fc2
+import difflib
+
 # %% ../nbs/00_errors.ipynb #e90e004e
 class MddBenchError(Exception):
-    "An expected failure: `what` names the culprit, `remedy` says what to do about it."
+    "An expected failure: `what` names the culprit, `remedy` tells what to do about it."
     def __init__(self,
         what: str,         # what is wrong, naming the file or the value
         remedy: str = "",  # what to do about it
     ):
         self.what, self.remedy = what, remedy
-        super().__init__(" ".join(f"{what}. {remedy}".split()).removesuffix(" "))
-
-# %% ../nbs/00_errors.ipynb #d632f239
-class DataError(MddBenchError): "Images, masks or folders are not what they should be."
-class SpecError(MddBenchError): "A run was asked for that does not exist: an unknown name or an impossible combination."
-class WeightsError(MddBenchError): "A backbone's weights are missing or do not fit."
-class TrainingError(MddBenchError): "Training cannot go on, for example because a loss is not finite."
-class StoreError(MddBenchError): "A record cannot be read, or another process is writing it."
+        one_line = " ".join(f"{what}. {remedy}".split())
+        super().__init__(one_line)
 
 # %% ../nbs/00_errors.ipynb #9cb94630
+class DataError(MddBenchError):
+    "Images, masks or folders are not what they should be."
+
+class SpecError(MddBenchError):
+    "A run was requested that does not exist: an unknown name or an impossible combination."
+
+class WeightsError(MddBenchError):
+    "A backbone's weights are missing or do not fit."
+
+class TrainingError(MddBenchError):
+    "Training cannot go on, for example because a loss is not finite."
+
+class StoreError(MddBenchError):
+    "A record cannot be read, or another process is writing it."
+
+# %% ../nbs/00_errors.ipynb #8c833ffc
 def unknown(
-    what: str,     # the kind of thing: "detector", "class", ...
-    name: str,     # the name that was asked for
-    known,         # the names there are
-    kind=SpecError # the error to make
-) -> MddBenchError: # to be raised by the caller
-    "An error for a name that is not among the `known` ones (ours)."
-    import difflib
+    what: str,        # what the name stands for: "detector", "class", ...
+    name: str,        # the name that was given
+    known,            # the names that exist
+    error=SpecError,  # the class of error to make
+) -> MddBenchError:   # to be raised by the caller
+    "Returns an error for a name that is not among the `known` ones."
     known = sorted(map(str, known))
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
-    return kind(f"unknown {what} {name!r}", f"{hint}Known: {', '.join(known) or 'none'}")
+    return error(f"unknown {what} {name!r}", f"{hint}Known: {', '.join(known) or 'none'}")

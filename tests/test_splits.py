@@ -1,273 +1,577 @@
 "Labelled anomalies: which are drawn, what stays in the test, what a run sees of them, one model or many."
 import json, shutil
 from dataclasses import replace
-from pathlib import Path
 import numpy as np
-import pandas as pd
-import pytest, torch
+import pytest
+import torch
 from PIL import Image
 from mdd_bench.data.catalog import read_catalog
 from mdd_bench.data.synthetic import embedded
-from mdd_bench.data.splits import SCHEMES, draw, follow, most, pools, read_manifest, shuffled, write_manifest
+from mdd_bench.data.splits import SCHEMES, draw, follow, largest_draw, pools, set_aside, shuffled
+from mdd_bench.data.splits import read_manifest, write_manifest
 from mdd_bench.detectors import detector as registry
 from mdd_bench.detectors.detector import Detector, Prediction, Recipe, labelled, normal, textures
 from mdd_bench.errors import DataError, SpecError
 from mdd_bench.reporting.tables import caption, seen_and_unseen, summary
 from mdd_bench.running import run as running
+from mdd_bench.running import training
 from mdd_bench.running.run import prepare, run, test_maps as maps_of
 from mdd_bench.running.spec import make_spec
-from mdd_bench.running.sweep import load_study, sweep
+from mdd_bench.running.sweep import load_study
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM", "ignore::mdd_bench.evaluation.metrics.UndefinedMetric")
-KINDS = dict(bolt=dict(dent=6, rust=5, scratch=4), felt=dict(cut=12), tile=dict(chip=8, crack=6))
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*RANDOM", "ignore::mdd_bench.evaluation.metrics.UndefinedMetric"
+)
+
+# ---- the data
+
+KINDS = {
+    "bolt": {"dent": 6, "rust": 5, "scratch": 4},
+    "felt": {"cut": 12},
+    "tile": {"chip": 8, "crack": 6},
+}
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.uint8(array)).save(path)
+
+def stripes(rng, angle):
+    "An image [64, 64] of one class: stripes of its angle, with noise."
+    y, x = np.mgrid[:64, :64]
+    phase = .6*(x*np.cos(angle) + y*np.sin(angle)) + rng.uniform(0, 6)
+    return 127 + 90*np.sin(phase) + rng.normal(0, 4, (64, 64))
+
+def write_class(folder, cls):
+    "A defect is a grey rectangle whose height is its kind's."
+    rng, angle = np.random.default_rng([*cls.encode()]), list(KINDS).index(cls)
+    for i in range(6): save(folder/f"train/good/{i:03}.png", stripes(rng, angle))
+    for i in range(4): save(folder/f"test/good/{i:03}.png", stripes(rng, angle))
+    for number, (kind, n) in enumerate(KINDS[cls].items()):
+        for i in range(n):
+            image, mask = stripes(rng, angle), np.zeros((64, 64))
+            top, left = rng.integers(4, 40, 2)
+            mask[top:top + 8 + 4*number, left:left + 10] = 255
+            image[mask > 0] = 40
+            save(folder/f"test/{kind}/{i:03}.png", image.clip(0, 255))
+            save(folder/f"ground_truth/{kind}/{i:03}_mask.png", mask)
 
 def write(root, classes=KINDS):
-    "Stripes of one angle per class; a defect is a grey square whose size is its kind's."
-    for c in classes:
-        rng, angle = np.random.default_rng([*c.encode()]), list(KINDS).index(c)
-        y, x = np.mgrid[:64, :64]
-        def save(path, a): (root/c/path).parent.mkdir(parents=True, exist_ok=True); Image.fromarray(np.uint8(a)).save(root/c/path)
-        def clean(): return 127 + 90*np.sin(.6*(x*np.cos(angle) + y*np.sin(angle)) + rng.uniform(0, 6)) + rng.normal(0, 4, (64, 64))
-        for i in range(6): save(f"train/good/{i:03}.png", clean())
-        for i in range(4): save(f"test/good/{i:03}.png", clean())
-        for size, (kind, n) in enumerate(KINDS[c].items()):
-            for i in range(n):
-                image, mask, (a, b) = clean(), np.zeros((64, 64)), rng.integers(4, 40, 2)
-                mask[a:a + 8 + 4*size, b:b + 10] = 255; image[mask > 0] = 40
-                save(f"test/{kind}/{i:03}.png", image.clip(0, 255)); save(f"ground_truth/{kind}/{i:03}_mask.png", mask)
+    for c in classes: write_class(root/c, c)
     return root
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory): return write(tmp_path_factory.mktemp("stripes")/"data")
 
 @pytest.fixture
+def copy(folder, tmp_path):
+    "The same data in a folder that a test may change."
+    shutil.copytree(folder, tmp_path/"data")
+    return tmp_path/"data"
+
+@pytest.fixture
 def catalog(folder): return read_catalog(folder)
 
+# ---- the smallest detector that learns from labels
+
+def mean_feature(batches): return torch.cat([b["features"][0].mean((2, 3)) for b in batches]).mean(0)
+def paths_of(batches): return [path for b in batches for path in b["path"]]
+def images_of(batches): return sum(len(b["features"][0]) for b in batches)
+
+class Toy(Detector):
+    "Remembers the mean feature of normal and of labelled images, and notes what it was shown."
+    recipe, needs = Recipe(epochs=2, batch=4), frozenset({"labelled", "textures"})
+    defects = dict(textures="procedural")
+    seen = {}
+
+    def __init__(self, backbone, classes=1):
+        super().__init__(backbone, classes)
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(backbone.channels[0]))
+        self.register_buffer("bad", torch.zeros(backbone.channels[0]))
+
+    def prepare(self, batches):
+        self.mean = mean_feature(normal(batches))
+        if list(labelled(batches)): self.bad = mean_feature(labelled(batches))
+        Toy.seen = dict(normal=paths_of(normal(batches)), labelled=paths_of(labelled(batches)),
+                        textures=images_of(textures(batches)), steps=[])
+
+    def losses(self, batch):
+        known = batch.get("labelled")
+        self.seen["steps"].append(None if known is None else known["index"].tolist())
+        if known is not None:
+            assert known["mask"].shape[1:] == (64, 64) and 0 < known["mask"].mean() < 1
+            assert len(known["features"][0]) == len(known["path"])
+        return dict(one=(self.weight - 1)**2)
+
+    def predict(self, features, size):
+        def distance(to): return (features[0] - to.view(1, -1, 1, 1)).norm(dim=1, keepdim=True)
+        maps = distance(self.mean) - .5*distance(self.bad)
+        return Prediction(torch.nn.functional.interpolate(maps, size, mode="bilinear")[:, 0])
+
 @pytest.fixture(scope="module", autouse=True)
-def learner():
-    "The smallest detector that learns from labels: remembers what it was shown."
-    @registry.register("toy")
-    class Toy(Detector):
-        recipe, needs, defects = Recipe(epochs=2, batch=4), frozenset({"labelled", "textures"}), dict(textures="procedural")
-        seen = []
-        def __init__(self, backbone, classes=1):
-            super().__init__(backbone, classes)
-            self.weight = torch.nn.Parameter(torch.zeros(()))
-            self.register_buffer("mean", torch.zeros(backbone.channels[0])); self.register_buffer("bad", torch.zeros(backbone.channels[0]))
-        def prepare(self, batches):
-            mean = lambda those: torch.cat([b["features"][0].mean((2, 3)) for b in those]).mean(0)
-            self.mean = mean(normal(batches)); self.bad = mean(labelled(batches)) if any(True for _ in labelled(batches)) else self.bad
-            type(self).seen = [dict(normal=[p for b in normal(batches) for p in b["path"]], labelled=[p for b in labelled(batches) for p in b["path"]], textures=sum(len(b["features"][0]) for b in textures(batches)), steps=[])]
-        def losses(self, batch):
-            known = batch.get("labelled")
-            self.seen[0]["steps"].append(None if known is None else known["index"].tolist())
-            if known is not None: assert known["mask"].shape[1:] == (64, 64) and 0 < known["mask"].mean() < 1 and len(known["features"][0]) == len(known["path"])
-            return dict(one=(self.weight - 1)**2)
-        def predict(self, features, size):
-            far = lambda to: (features[0] - to.view(1, -1, 1, 1)).norm(dim=1, keepdim=True)
-            return Prediction(torch.nn.functional.interpolate(far(self.mean) - .5*far(self.bad), size, mode="bilinear")[:, 0])
+def toy():
+    registry.register("toy")(Toy)
     yield Toy
     registry._registry.pop("toy")
 
-def asked(folder, **kw): return make_spec(**dict(data=str(folder), size=64, weights="procedural", layers=[1], detector="toy") | kw)
+def toy_spec(folder, **fields):
+    defaults = dict(data=str(folder), size=64, weights="procedural", layers=[1], detector="toy")
+    return make_spec(**defaults | fields)
 
 # ---- the draw
 
 def test_the_draw_is_what_it_always_was():
-    "A seeded shuffle of Python's: the same picks on any machine, or old manifests and papers would mean something else."
-    assert shuffled([f"{i:03}" for i in range(8)][::-1], 0) == ["004", "001", "005", "002", "000", "003", "007", "006"]
+    "A seeded shuffle of Python's: the same picks on any machine, or old manifests would mean something else."
+    names = [f"{i:03}" for i in range(8)]
+    assert shuffled(names[::-1], 0) == ["004", "001", "005", "002", "000", "003", "007", "006"]
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("seed", range(3))
 def test_draws_are_nested_and_leave_one_test_set(catalog, scheme, seed):
     classes = ["bolt", "tile"] if scheme == "from_classes" else None
     drawn = [draw(catalog, scheme, n, seed, hold_out=3, classes=classes if n else None) for n in range(4)]
-    for less, more in zip(drawn, drawn[1:]): assert set(less.manifest["files"]) < set(more.manifest["files"])
-    assert len({d.manifest["test_hash"] for d in drawn}) == 1 and len({d.manifest["labelled_hash"] for d in drawn}) == 4
-    for d in drawn:
-        t = d.catalog.table
-        assert len(t) == len(catalog.table) and not set(d.manifest["files"]) & set(t[t.split == "test"].path) and (t[t.split == "train"].kind == "good").all()
-        assert set(t[t.split == "labelled"].path) == set(d.manifest["files"]) and set(t[t.split == "held out"].path) == set(d.manifest["held_out"])
-        assert (t[(t.split == "test") & (t.kind != "good")].groupby("cls").size() >= 5).all()
-    assert set(drawn[3].manifest["files"]) | set(drawn[3].manifest["held_out"]) == set(drawn[0].manifest["held_out"])
+    manifests = [d.manifest for d in drawn]
+    for less, more in zip(manifests, manifests[1:]): assert set(less["files"]) < set(more["files"])
+    assert len({m["test_hash"] for m in manifests}) == 1
+    assert len({m["labelled_hash"] for m in manifests}) == 4
+    none, largest = manifests[0], manifests[3]
+    assert set(largest["files"]) | set(largest["held_out"]) == set(none["held_out"])
 
-def test_what_each_scheme_takes(catalog):
-    kinds = lambda d: d.catalog.part(split="labelled").groupby(["cls", "kind"]).size().to_dict()
-    assert draw(catalog, "pooled", 4).catalog.part(split="labelled").groupby("cls").size().to_dict() == dict(bolt=4, felt=4, tile=4)
-    assert kinds(draw(catalog, "per_kind", 3)) == {(c, k): 3 for c in KINDS for k in KINDS[c]}
-    of_bolt = [kinds(draw(catalog, "one_kind", 3, seed)) for seed in range(4)]
-    assert [list(k) for k in of_bolt] == [[("bolt", a), ("tile", b)] for a, b in zip(("dent", "rust", "scratch", "dent"), ("chip", "crack", "chip", "crack"))]      # felt has a single kind
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n", range(4))
+def test_a_draw_moves_rows_between_splits_and_loses_none(catalog, scheme, seed, n):
+    classes = ["bolt", "tile"] if scheme == "from_classes" and n else None
+    drawn = draw(catalog, scheme, n, seed, hold_out=3, classes=classes)
+    table, labelled_files = drawn.catalog.table, set(drawn.manifest["files"])
+    test = table[table.split == "test"]
+    assert len(table) == len(catalog.table)
+    assert not labelled_files & set(test.path)
+    assert (table[table.split == "train"].kind == "good").all()
+    assert set(table[table.split == "labelled"].path) == labelled_files
+    assert set(table[table.split == "held out"].path) == set(drawn.manifest["held_out"])
+    assert (test[test.kind != "good"].groupby("cls").size() >= 5).all()
+
+def labelled_per_class(split):
+    return split.catalog.part(split="labelled").groupby("cls").size().to_dict()
+
+def labelled_per_kind(split):
+    "{(class, kind): number of labelled images}."
+    return split.catalog.part(split="labelled").groupby(["cls", "kind"]).size().to_dict()
+
+def test_pooled_takes_from_each_class(catalog):
+    pooled = draw(catalog, "pooled", 4)
+    assert labelled_per_class(pooled) == dict(bolt=4, felt=4, tile=4)
+
+def test_per_kind_takes_from_each_kind(catalog):
+    per_kind = draw(catalog, "per_kind", 3)
+    assert labelled_per_kind(per_kind) == {(c, kind): 3 for c in KINDS for kind in KINDS[c]}
+
+@pytest.mark.parametrize("seed, bolt, tile", [
+    (0, "dent", "chip"),
+    (1, "rust", "crack"),
+    (2, "scratch", "chip"),
+    (3, "dent", "crack"),
+])
+def test_one_kind_rotates(catalog, seed, bolt, tile):
+    "And takes nothing from felt, which has a single kind."
+    one_kind = draw(catalog, "one_kind", 3, seed)
+    assert labelled_per_kind(one_kind) == {("bolt", bolt): 3, ("tile", tile): 3}
+
+def test_from_classes_takes_from_the_named_ones_and_tests_as_pooled_does(catalog):
     some = draw(catalog, "from_classes", 4, classes=["tile"])
-    assert {c for c, _ in kinds(some)} == {"tile"} and some.manifest["test_hash"] == draw(catalog, "pooled", 4).manifest["test_hash"]
+    assert labelled_per_class(some) == dict(tile=4)
+    assert some.manifest["test_hash"] == draw(catalog, "pooled", 4).manifest["test_hash"]
 
-def test_neither_the_order_of_files_nor_the_place_matters(catalog, folder, tmp_path):
+@pytest.mark.parametrize("scheme", ["pooled", "per_kind", "one_kind"])
+def test_neither_the_order_of_files_nor_the_folder_matters(catalog, tmp_path, scheme):
     mixed = replace(catalog, table=catalog.table.sample(frac=1, random_state=3))
-    copy = write(tmp_path/"copy", list(KINDS)[::-1])
-    for scheme in ("pooled", "per_kind", "one_kind"): assert draw(catalog, scheme, 3, 1).manifest == draw(mixed, scheme, 3, 1).manifest == draw(read_catalog(copy), scheme, 3, 1).manifest
+    elsewhere = read_catalog(write(tmp_path/"copy", list(KINDS)[::-1]))
+    manifest = draw(catalog, scheme, 3, 1).manifest
+    assert manifest == draw(mixed, scheme, 3, 1).manifest == draw(elsewhere, scheme, 3, 1).manifest
 
-def test_a_class_can_give_so_many(catalog):
-    with pytest.raises(DataError, match=r"felt \(at most 7\).*at most 7.*--labelled-at-most"): draw(catalog, labelled=8)
-    with pytest.raises(DataError, match=r"bolt \(at most 3\)"): draw(catalog, "per_kind", 4)
-    given = draw(catalog, labelled=9, at_most=True).catalog.table
-    assert given[given.split == "labelled"].groupby("cls").size().to_dict() == dict(bolt=9, felt=7, tile=9)
-    few = replace(catalog, table=catalog.table[(catalog.table.kind.isin(["good", "dent"]))])
-    with pytest.raises(DataError, match="at most 1"): draw(few, labelled=3)
-    with pytest.raises(DataError, match="two kinds"): draw(replace(catalog, table=catalog.table[catalog.table.cls == "felt"]), "one_kind", 1)
+def keep(catalog, rows): return replace(catalog, table=catalog.table[rows])
 
-@pytest.mark.parametrize("why, how", {"hold_out": dict(labelled=3, hold_out=2), "'poold'": dict(scheme="poold", labelled=1), "label_classes": dict(scheme="from_classes", labelled=1), "'blt'": dict(scheme="from_classes", labelled=1, classes=["blt"]),
-                                      "with from_classes": dict(labelled=1, classes=["bolt"])}.items())
-def test_what_cannot_be_asked(catalog, why, how):
-    with pytest.raises(SpecError, match=why): draw(catalog, **how)
+def test_what_a_class_can_give_is_limited(catalog):
+    with pytest.raises(DataError, match=r"felt \(at most 7\).*at most 7.*--labelled-at-most"):
+        draw(catalog, labelled=8)
+    with pytest.raises(DataError, match=r"bolt \(at most 3\)"):
+        draw(catalog, "per_kind", 4)
+    few = keep(catalog, catalog.table.kind.isin(["good", "dent"]))
+    with pytest.raises(DataError, match="at most 1"):
+        draw(few, labelled=3)
+    felt = keep(catalog, catalog.table.cls == "felt")
+    with pytest.raises(DataError, match="two kinds"):
+        draw(felt, "one_kind", 1)
 
-def test_a_manifest_comes_back_and_is_compared_with_the_files(catalog, folder, tmp_path):
-    made, file = draw(catalog, "per_kind", 1, 5, hold_out=2), tmp_path/"m.json"
-    write_manifest(made.manifest, file)
-    again = follow(catalog, read_manifest(file))
-    assert again.catalog.table.equals(made.catalog.table) and again.manifest == made.manifest
-    copy = write(tmp_path/"copy"); name = list(made.manifest["files"])[0]
-    with Image.open(copy/name) as im: a = np.array(im)
-    a[0, 0] ^= 1; Image.fromarray(a).save(copy/name)
-    with pytest.raises(DataError, match=f"image {name}"): follow(read_catalog(copy), read_manifest(file))
-    (copy/name).unlink()
-    with pytest.raises(DataError, match=name): follow(read_catalog(copy), read_manifest(file))
-    other = write(tmp_path/"other"); left = made.catalog.part(split="test").path.iloc[-1]; (other/left).unlink()
-    with pytest.raises(DataError, match="test images"): follow(read_catalog(other), read_manifest(file))
-    (tmp_path/"bad.json").write_text('{"files": {}}')
-    for bad in (tmp_path/"bad.json", tmp_path/"gone.json", folder): 
-        with pytest.raises(DataError, match="mdd_bench labels"): read_manifest(bad)
+def test_at_most_takes_what_each_class_can_give(catalog):
+    drawn = draw(catalog, labelled=9, at_most=True)
+    assert labelled_per_class(drawn) == dict(bolt=9, felt=7, tile=9)
+
+@pytest.mark.parametrize("scheme, largest", [("pooled", 10), ("per_kind", 3), ("one_kind", 5)])
+def test_the_largest_draw(catalog, scheme, largest):
+    "Bolt has 6, 5 and 4 anomalies of its kinds; five stay."
+    bolt = catalog.part(cls="bolt", split="test").query("kind != 'good'")
+    bolt_pools = pools(bolt, scheme, 0)
+    assert largest_draw(bolt_pools, len(bolt)) == largest
+    assert largest_draw(bolt_pools, 5) == largest_draw([], 20) == 0
+
+def test_small_pools_limit_the_draw_unless_they_may_give_all_they_have():
+    assert largest_draw([["a"], ["b", "c", "d"]], 12) == 1
+    assert largest_draw([["a"], ["b", "c", "d"]], 12, at_most=True) == 3
+
+IMPOSSIBLE = {
+    "hold_out": dict(labelled=3, hold_out=2),
+    "'poold'": dict(scheme="poold", labelled=1),
+    "label_classes": dict(scheme="from_classes", labelled=1),
+    "'blt'": dict(scheme="from_classes", labelled=1, classes=["blt"]),
+    "with from_classes": dict(labelled=1, classes=["bolt"]),
+}
+
+@pytest.mark.parametrize("culprit, request_", IMPOSSIBLE.items())
+def test_impossible_requests(catalog, culprit, request_):
+    with pytest.raises(SpecError, match=culprit): draw(catalog, **request_)
 
 def test_a_labelled_anomaly_needs_a_mask(catalog):
-    bare = catalog.table.copy(); bare.loc[bare.kind != "good", "mask"] = ""
-    with pytest.raises(DataError, match="has no mask"): draw(replace(catalog, table=bare), labelled=1)
+    table = catalog.table.copy()
+    table.loc[table.kind != "good", "mask"] = ""
+    with pytest.raises(DataError, match="has no mask"): draw(replace(catalog, table=table), labelled=1)
+
+# ---- the manifest
+
+@pytest.fixture
+def drawn(catalog): return draw(catalog, "per_kind", 1, 5, hold_out=2)
+
+@pytest.fixture
+def file(drawn, tmp_path):
+    write_manifest(drawn.manifest, tmp_path/"m.json")
+    return tmp_path/"m.json"
+
+def flip_pixel(path):
+    with Image.open(path) as image: pixels = np.array(image)
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+
+def test_a_manifest_gives_the_same_split(catalog, drawn, file):
+    followed = follow(catalog, read_manifest(file))
+    assert followed.catalog.table.equals(drawn.catalog.table) and followed.manifest == drawn.manifest
+
+def test_a_changed_image_is_named(copy, drawn, file):
+    name = next(iter(drawn.manifest["files"]))
+    flip_pixel(copy/name)
+    with pytest.raises(DataError, match=f"image {name}"): follow(read_catalog(copy), read_manifest(file))
+
+def test_a_changed_mask_is_named(copy, drawn, file):
+    name = next(iter(drawn.manifest["files"]))
+    mask = read_catalog(copy).part(path=name)["mask"].item()
+    flip_pixel(copy/mask)
+    with pytest.raises(DataError, match=f"mask of {name}"): follow(read_catalog(copy), read_manifest(file))
+
+def test_a_missing_image_is_named(copy, drawn, file):
+    name = next(iter(drawn.manifest["files"]))
+    (copy/name).unlink()
+    with pytest.raises(DataError, match=name): follow(read_catalog(copy), read_manifest(file))
+
+def test_other_test_images_are_refused(copy, drawn, file):
+    tested = drawn.catalog.part(split="test").path.iloc[-1]
+    (copy/tested).unlink()
+    with pytest.raises(DataError, match="test images"): follow(read_catalog(copy), read_manifest(file))
+
+def test_what_is_no_manifest(folder, tmp_path):
+    (tmp_path/"bad.json").write_text('{"files": {}}')
+    (tmp_path/"list.json").write_text("[]")
+    for bad in (tmp_path/"bad.json", tmp_path/"list.json", tmp_path/"gone.json", folder):
+        with pytest.raises(DataError, match="mdd_bench labels"): read_manifest(bad)
+
+# ---- the calibration split
+
+def calibration_paths(catalog): return set(catalog.part(split="calibration").path)
+
+@pytest.mark.parametrize("share, n", [(1e-6, 1), (.2, 1), (.3, 2), (.5, 3), (.99, 5)])
+def test_a_share_of_each_class_is_set_aside(catalog, share, n):
+    "Of six normals: at least one, and one stays."
+    counts = set_aside(catalog, share).counts()
+    assert counts.calibration.tolist() == [n]*3 and counts.train.tolist() == [6 - n]*3
+    assert counts.drop(columns=["calibration", "train"]).equals(catalog.counts().drop(columns="train"))
+
+def test_only_training_normals_are_set_aside(catalog):
+    table = set_aside(catalog, .5).table
+    moved = table.split != catalog.table.split
+    assert (table.split[moved] == "calibration").all() and (catalog.table.split[moved] == "train").all()
+    assert (table.kind[moved] == "good").all()
+    assert table.drop(columns="split").equals(catalog.table.drop(columns="split"))
+
+def test_the_first_of_the_shuffled_normals_are_set_aside(catalog):
+    expected = set()
+    for c in KINDS: expected |= set(shuffled(catalog.part(cls=c, split="train").path, 0)[:2])
+    assert calibration_paths(set_aside(catalog, .3)) == expected
+
+def test_all_runs_on_a_dataset_set_the_same_images_aside(catalog, tmp_path):
+    "Whatever the order of files, the folder, the other classes; and a larger share contains a smaller one."
+    mixed = replace(catalog, table=catalog.table.sample(frac=1, random_state=3))
+    elsewhere = read_catalog(write(tmp_path/"copy", list(KINDS)[::-1]))
+    paths = calibration_paths(set_aside(catalog, .3))
+    assert paths == calibration_paths(set_aside(mixed, .3)) == calibration_paths(set_aside(elsewhere, .3))
+    tile = keep(catalog, catalog.table.cls == "tile")
+    assert calibration_paths(set_aside(tile, .3)) == {p for p in paths if p.startswith("tile/")}
+    assert paths < calibration_paths(set_aside(catalog, .5))
+
+@pytest.mark.parametrize("seed", range(3))
+def test_setting_aside_and_labelling_do_not_disturb_each_other(catalog, seed):
+    plain = draw(catalog, labelled=2, hold_out=3, seed=seed)
+    calibrated = draw(set_aside(catalog, .3), labelled=2, hold_out=3, seed=seed)
+    assert calibrated.manifest == plain.manifest
+    assert calibrated.catalog.table.equals(set_aside(plain.catalog, .3).table)
+    followed = follow(set_aside(catalog, .3), plain.manifest)
+    assert followed.catalog.table.equals(calibrated.catalog.table)
+
+def test_the_column_is_there_only_where_images_are_set_aside(catalog):
+    assert "calibration" not in catalog.counts()
+    columns = ["train", "calibration", "test good", "test anomalous", "kinds"]
+    assert list(set_aside(catalog, .3).counts().columns) == columns
+
+@pytest.mark.parametrize("share", [0, 1, -.1, 1.5, float("nan")])
+def test_impossible_shares(catalog, share):
+    with pytest.raises(SpecError, match="share") as e: set_aside(catalog, share)
+    assert "above 0 and below 1" in e.value.remedy
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_class_with_too_few_normals_is_named(catalog, n):
+    training = catalog.part(cls="felt", split="train").path
+    with pytest.raises(DataError, match=f"class felt has {n} "):
+        set_aside(keep(catalog, ~catalog.table.path.isin(training[n:])), .5)
+
+def test_of_two_normals_one_stays(catalog):
+    training = catalog.part(cls="felt", split="train").path
+    two = set_aside(keep(catalog, ~catalog.table.path.isin(training[2:])), .9).counts()
+    assert two.loc["felt", ["train", "calibration"]].tolist() == [1, 1]
 
 # ---- the run
 
-def test_a_run_shows_the_labelled_images_and_tests_the_others(folder, tmp_path, learner):
-    r = run(asked(folder, labelled=3, hold_out=5, label_seed=2), tmp_path)
-    seen, manifest = learner.seen[0], json.loads((r.folder/"manifest.json").read_text())
-    assert sorted(seen["labelled"]) == sorted(manifest["files"]) and len(seen["labelled"]) == 9 and seen["textures"] == 47 and len(seen["normal"]) == 18
-    assert all(len(s) == 4 == len(set(s)) for s in seen["steps"]) and len(seen["steps"]) == 2*5 and len({tuple(s) for s in seen["steps"]}) > 1
-    tested = set(r.scores().path)
-    assert not tested & {*manifest["files"], *manifest["held_out"]} and len(tested) == 12 + (15 + 12 + 14) - 15
-    assert r.provenance["test_counts"] == dict(bolt=[4, 10], felt=[4, 7], tile=[4, 9]) and r.provenance["labels"]["images"] == dict(bolt=3, felt=3, tile=3)
-    assert r.spec["label_seed"] == 2 and r.spec["hold_out"] == 5 and r.provenance["defect_textures"] == "procedural"
-    assert "felt 4 + 7" in caption([r])
+@pytest.fixture(scope="module")
+def labelled_run(folder, tmp_path_factory):
+    "The record of one run with labels, and what its detector was shown."
+    record = run(toy_spec(folder, labelled=3, hold_out=5, label_seed=2), tmp_path_factory.mktemp("labelled"))
+    return record, Toy.seen
 
-def test_with_computed_features_and_again_the_bits_are_the_same(folder, tmp_path):
-    spec = asked(folder, labelled=2)
-    a, b = run(spec, tmp_path/"a"), run(spec, tmp_path/"b", store_gb=0)
-    assert a.metrics == b.metrics and a.scores().equals(b.scores())
+def test_a_run_shows_the_labelled_images_and_tests_the_others(labelled_run):
+    record, seen = labelled_run
+    manifest = json.loads((record.folder/"manifest.json").read_text())
+    assert sorted(seen["labelled"]) == sorted(manifest["files"]) and len(seen["labelled"]) == 9
+    assert seen["textures"] == 47 and len(seen["normal"]) == 18
+    tested = set(record.scores().path)
+    assert not tested & {*manifest["files"], *manifest["held_out"]}
+    assert len(tested) == 12 + (15 + 12 + 14) - 15
 
-def test_the_identity_is_what_was_drawn_not_how(folder, tmp_path):
-    spec = asked(folder, labelled=3, hold_out=5)
-    file = tmp_path/"m.json"; write_manifest(prepare(spec).manifest, file)
-    handed_on = asked(folder, manifest=str(file))
-    assert prepare(handed_on).id == prepare(spec).id == prepare(replace(spec, label_seed=0)).id != prepare(replace(spec, label_seed=1)).id
-    assert run(handed_on, tmp_path).spec["label_seed"] == 0 and run(spec, tmp_path).spec["labelled"] == 3
-    assert prepare(asked(folder, classes="tile,bolt,felt")).id == prepare(asked(folder)).id
-    held = [prepare(asked(folder, hold_out=n, label_seed=s)) for n, s in ((None, 0), (5, 0), (5, 1))]
-    assert len({p.id for p in held}) == 3 and len({p.trained for p in held}) == 1                     # the test set decides no weight
-    assert prepare(asked(folder, scheme="per_kind", label_seed=4)).canonical == prepare(asked(folder)).canonical and "labelled" not in prepare(asked(folder)).canonical
+def test_each_step_gets_a_batch_of_labelled_images(labelled_run):
+    steps = labelled_run[1]["steps"]
+    assert len(steps) == 2*5
+    assert all(len(step) == 4 == len(set(step)) for step in steps)
+    assert len({tuple(step) for step in steps}) > 1
 
-def test_without_labels_no_anomalous_image_is_opened_in_training(folder, tmp_path, learner):
-    copy = tmp_path/"data"; shutil.copytree(folder, copy)
-    p = prepare(asked(copy, hold_out=3))
+def test_a_record_describes_its_labels(labelled_run):
+    record, _ = labelled_run
+    assert record.provenance["test_counts"] == dict(bolt=[4, 10], felt=[4, 7], tile=[4, 9])
+    assert record.provenance["labels"]["images"] == dict(bolt=3, felt=3, tile=3)
+    assert record.spec["label_seed"] == 2 and record.spec["hold_out"] == 5
+    assert record.provenance["defect_textures"] == "procedural"
+    assert "felt 4 + 7" in caption([record])
+
+def test_with_computed_features_the_bits_are_the_same(folder, tmp_path):
+    spec = toy_spec(folder, labelled=2)
+    stored = run(spec, tmp_path/"stored")
+    computed = run(spec, tmp_path/"computed", store_gb=0)
+    assert stored.metrics == computed.metrics and stored.scores().equals(computed.scores())
+
+def test_the_identity_is_what_was_drawn(folder, tmp_path):
+    spec = toy_spec(folder, labelled=3, hold_out=5)
+    write_manifest(prepare(spec).manifest, tmp_path/"m.json")
+    from_file = toy_spec(folder, manifest=str(tmp_path/"m.json"))
+    same, other = replace(spec, label_seed=0), replace(spec, label_seed=1)
+    assert prepare(from_file).id == prepare(spec).id == prepare(same).id != prepare(other).id
+    assert run(from_file, tmp_path).spec["label_seed"] == 0
+    assert run(spec, tmp_path).spec["labelled"] == 3
+
+def test_the_order_of_classes_is_no_part_of_the_identity(folder):
+    assert prepare(toy_spec(folder, classes="tile,bolt,felt")).id == prepare(toy_spec(folder)).id
+
+def test_what_is_held_out_decides_no_weight(folder):
+    specs = [toy_spec(folder), toy_spec(folder, hold_out=5), toy_spec(folder, hold_out=5, label_seed=1)]
+    prepared = [prepare(spec) for spec in specs]
+    assert len({p.id for p in prepared}) == 3
+    assert len({p.trained for p in prepared}) == 1
+
+def test_a_scheme_without_labels_is_no_part_of_the_identity(folder):
+    plain = prepare(toy_spec(folder)).canonical
+    assert prepare(toy_spec(folder, scheme="per_kind", label_seed=4)).canonical == plain
+    assert "labelled" not in plain
+
+def fit_alone(prepared, folder):
+    "The fitted detector of a prepared run; nothing is tested."
+    detector, *_ = running._trained(prepared, "", folder, torch.device("cpu"), 0, 0, lambda *a: None, None)
+    return detector
+
+def test_without_labels_no_anomalous_image_is_opened_in_training(copy, tmp_path, toy):
+    prepared = prepare(toy_spec(copy, hold_out=3))
     for c in KINDS:
         for kind in KINDS[c]: shutil.rmtree(copy/c/"test"/kind)
         shutil.rmtree(copy/c/"ground_truth")
-    detector, *_ = running._trained(p, "", tmp_path, torch.device("cpu"), 0, 0, lambda *a: None, None)
-    assert learner.seen[0]["labelled"] == [] and set(learner.seen[0]["steps"]) == {None} and detector.mean.abs().sum() > 0
+    detector = fit_alone(prepared, tmp_path)
+    assert toy.seen["labelled"] == [] and set(toy.seen["steps"]) == {None} and detector.mean.abs().sum() > 0
 
 @pytest.mark.parametrize("detector", ["dmad", "bgad"])
-def test_those_who_learn_from_labels_need_none(folder, tmp_path, detector):
+def test_detectors_that_learn_from_labels_need_none(copy, tmp_path, detector):
     "Every anomalous image is gone before the training begins."
-    copy = tmp_path/"data"; shutil.copytree(folder, copy)
-    p = prepare(asked(copy, hold_out=3, detector=detector, epochs=1))
-    for c in KINDS: shutil.rmtree(copy/c/"test"); shutil.rmtree(copy/c/"ground_truth")
-    made, *_ = running._trained(p, "", tmp_path, torch.device("cpu"), 0, 0, lambda *a: None, None)
-    assert made(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))).map.isfinite().all()
+    prepared = prepare(toy_spec(copy, hold_out=3, detector=detector, epochs=1))
+    for c in KINDS:
+        shutil.rmtree(copy/c/"test")
+        shutil.rmtree(copy/c/"ground_truth")
+    fitted = fit_alone(prepared, tmp_path)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert fitted(images).map.isfinite().all()
 
 def test_the_order_of_classes_does_not_change_the_result(folder, tmp_path):
-    copy = write(tmp_path/"copy", list(KINDS)[::-1])
-    a, b = run(asked(folder, labelled=2), tmp_path/"a"), run(asked(copy, labelled=2, classes="tile,felt,bolt"), tmp_path/"b")
+    backwards = write(tmp_path/"copy", list(KINDS)[::-1])
+    a = run(toy_spec(folder, labelled=2), tmp_path/"a")
+    b = run(toy_spec(backwards, labelled=2, classes="tile,felt,bolt"), tmp_path/"b")
     assert a.id == b.id and a.metrics == b.metrics
 
 def test_labels_for_a_detector_that_learns_from_none_are_refused(folder):
-    with pytest.raises(SpecError, match="rd4ad does not learn.*toy"): prepare(asked(folder, detector="rd4ad", labelled=1))
-    prepare(asked(folder, detector="rd4ad", hold_out=1))
+    with pytest.raises(SpecError, match="rd4ad does not learn.*toy"):
+        prepare(toy_spec(folder, detector="rd4ad", labelled=1))
+    prepare(toy_spec(folder, detector="rd4ad", hold_out=1))
 
-def test_an_empty_mask_is_named(folder, tmp_path):
-    copy = tmp_path/"data"; shutil.copytree(folder, copy)
-    name = next(iter(prepare(asked(copy, labelled=1)).manifest["files"]))
-    mask = copy/name.replace("/test/", "/ground_truth/").replace(".png", "_mask.png"); Image.fromarray(np.zeros((64, 64), np.uint8)).save(mask)
-    with pytest.raises(DataError, match=f"{mask.name} is empty"): run(asked(copy, labelled=1), tmp_path/"out")
+def test_an_empty_mask_is_named(copy, tmp_path):
+    spec = toy_spec(copy, labelled=1)
+    name = next(iter(prepare(spec).manifest["files"]))
+    mask = copy/read_catalog(copy).part(path=name)["mask"].item()
+    save(mask, np.zeros((64, 64)))
+    with pytest.raises(DataError, match=f"{mask.name} is empty"): run(spec, tmp_path/"out")
 
-def test_tables_refuse_two_test_sets_in_one_label_seed(folder, tmp_path):
-    spec = asked(folder, hold_out=4, epochs=1)
-    records = [run(replace(spec, labelled=n, seed=s), tmp_path) for n in (0, 4) for s in (0, 1)]
+# ---- tables of such runs
+
+def test_a_table_compares_arms_on_one_test_set(folder, tmp_path):
+    spec = toy_spec(folder, hold_out=4, epochs=1)
+    records = [run(replace(spec, labelled=n, seed=seed), tmp_path) for n in (0, 4) for seed in (0, 1)]
     assert summary(records, "labelled")["n"].tolist() == [2, 2]
-    assert list(seen_and_unseen([run(replace(spec, labelled=n, scheme="one_kind"), tmp_path) for n in (0, 4)]).columns[:2]) == ["I-AUROC seen", "I-AUROC unseen"]
-    with pytest.raises(SpecError, match="hold_out"): summary(records + [run(replace(spec, labelled=2, hold_out=3), tmp_path)], "labelled")
+    other_test = run(replace(spec, labelled=2, hold_out=3), tmp_path)
+    with pytest.raises(SpecError, match="hold_out"): summary([*records, other_test], "labelled")
     records[3].provenance["labels"]["test_hash"] = "other"
     with pytest.raises(SpecError, match="different images"): summary(records, "labelled")
 
-def test_an_axis_of_labels_has_one_point_for_those_who_learn_from_none():
+def test_a_table_tells_seen_kinds_from_unseen_ones(folder, tmp_path):
+    spec = toy_spec(folder, hold_out=4, epochs=1, scheme="one_kind")
+    records = [run(replace(spec, labelled=n), tmp_path) for n in (0, 4)]
+    assert list(seen_and_unseen(records).columns[:2]) == ["I-AUROC seen", "I-AUROC unseen"]
+
+# ---- studies of labels
+
+def test_an_axis_of_labels_has_one_point_for_a_detector_that_learns_from_none():
     study = load_study("labels", detector="toy,rd4ad", labelled="0,1,5", seed=0)
-    assert [(s.detector, s.labelled) for s in study.specs()] == [("toy", 0), ("toy", 1), ("toy", 5), ("rd4ad", 0)]
+    arms = [(spec.detector, spec.labelled) for spec in study.specs()]
+    assert arms == [("toy", 0), ("toy", 1), ("toy", 5), ("rd4ad", 0)]
 
-# ---- one model, or one for each class
+@pytest.mark.parametrize("parameters, hold_out", [
+    (dict(), 10),
+    (dict(labelled="0,2"), 2),
+    (dict(labelled="0,2", hold_out=4), 4),
+    (dict(labelled="0,2", hold_out="none"), 2),
+])
+def test_the_largest_arm_decides_what_is_held_out(parameters, hold_out):
+    "Along an axis of labelled anomalies, unless another number is given."
+    study = load_study("labels", detector="dmad", seed=0, **parameters)
+    assert {spec.hold_out for spec in study.specs()} == {hold_out}
 
-def test_separate_models_are_those_of_single_classes(folder, tmp_path):
-    spec = asked(folder, setting="separate", labelled=2, hold_out=3)
-    many = run(spec, tmp_path, keep_model=True)
-    assert not (many.folder/"models").exists() and set(many.history().cls) == set(KINDS)
-    assert many.cost["parameters_trained"] == 3 and many.cost["bytes_test"] - many.cost["bytes_test_without_backbone"] > 0
-    alone = {c: run(asked(folder, classes=c, labelled=2, hold_out=3), tmp_path) for c in KINDS}
-    assert many.metrics["exact"]["per_class"] == {c: r.metrics["exact"]["per_class"][c] for c, r in alone.items()}
-    assert many.cost["bytes_test_without_backbone"] == sum(r.cost["bytes_test_without_backbone"] for r in alone.values())
-    assert many.metrics != run(replace(spec, setting="unified"), tmp_path).metrics
-    held = run(replace(spec, hold_out=4), tmp_path)                                                    # other test images, the same weights
-    assert held.provenance["trained_by"] == many.id != held.id and held.cost["train_s"] == many.cost["train_s"]
-    both = run(replace(spec, protocols=["exact", "ader"]), tmp_path)                                  # from the kept models
-    assert both.id == many.id and list(both.metrics) == ["exact", "ader"] and [m["cls"] for m in maps_of(spec, tmp_path)] == list(KINDS)
+def test_a_study_without_labels_holds_nothing_out():
+    assert {spec.hold_out for spec in load_study("benchmark", detector="dmad").specs()} == {None}
 
-def test_separate_models_that_are_done_are_not_trained_again(folder, tmp_path, monkeypatch):
-    spec, real, calls = asked(folder, setting="separate", detector="rd4ad", epochs=1), running.train, []
-    def stop_after_two(detector, rows, *a, **kw):
-        calls.append(rows.paths[0].split("/")[0])
-        if len(calls) == 3: raise KeyboardInterrupt
-        return real(detector, rows, *a, **kw)
-    monkeypatch.setattr(running, "train", stop_after_two)
-    with pytest.raises(KeyboardInterrupt): run(spec, tmp_path/"broken")
-    monkeypatch.setattr(running, "train", real)
-    steps = []
-    import mdd_bench.running.training as training
-    monkeypatch.setattr(training, "train_step", lambda *a, f=training.train_step: steps.append(1) or f(*a))
-    again = run(spec, tmp_path/"broken")
-    assert len(steps) == 1 and again.metrics == run(spec, tmp_path/"whole").metrics
-
-# ---- the command line
-
-def test_the_command_draws_writes_and_checks(cli, folder, tmp_path):
-    code, out, _ = cli("labels", folder, "--labelled", 2, "--hold-out", 4, "--out", tmp_path/"m.json")
-    assert code == 0 and "labelled" in out and read_manifest(tmp_path/"m.json")["hold_out"] == 4
-    code, out, _ = cli("labels", folder, "--manifest", tmp_path/"m.json")
-    assert code == 0 and read_manifest(tmp_path/"m.json")["test_hash"] in out
-    code, _, err = cli("labels", folder, "--labelled", 8)
-    assert code == 2 and "--labelled-at-most" in err and err.count("\n") == 1
-    assert cli("labels", folder, "--labelled", 8, "--labelled-at-most")[0] == 0
-    code, _, err = cli("run", "--data", folder, "--manifest", tmp_path/"m.json", "--labelled", 2)
-    assert code == 2 and "manifest" in err
-
-def test_the_largest_arm_decides_what_is_held_out():
-    "Along an axis of labelled anomalies, unless something else is said."
-    held = lambda **kw: {s.hold_out for s in load_study("labels", detector="dmad", seed=0, **kw).specs()}
-    assert held() == {10} and held(labelled="0,2") == {2} and held(labelled="0,2", hold_out=4) == {4} and held(labelled="0,2", hold_out="none") == {2}
-    assert {s.hold_out for s in load_study("benchmark", detector="dmad").specs()} == {None}
-
-def test_the_study_of_kinds_can_be_drawn_on_its_own_data(tmp_path):
+def test_the_study_of_kinds_can_be_drawn_on_its_own_data():
     "And leaves images of the labelled kind to test."
     spec = next(s for s in load_study("kinds", seed=0).specs() if s.labelled)
     split = draw(read_catalog(embedded(spec.data)), spec.scheme, spec.labelled, 0, spec.hold_out)
-    left = split.catalog.part(split="test").merge(split.catalog.part(split="labelled")[["cls", "kind"]].drop_duplicates())
-    assert set(left.cls) == set(split.catalog.classes)
+    labelled_kinds = split.catalog.part(split="labelled")[["cls", "kind"]].drop_duplicates()
+    tested = split.catalog.part(split="test").merge(labelled_kinds)
+    assert set(tested.cls) == set(split.catalog.classes)
+
+# ---- one model, or one for each class
+
+SEPARATE = dict(setting="separate", labelled=2, hold_out=3)
+
+@pytest.fixture(scope="module")
+def separate_run(folder, tmp_path_factory):
+    "The record of one model per class, all kept, and its folder of records."
+    out = tmp_path_factory.mktemp("separate")
+    return run(toy_spec(folder, **SEPARATE), out, keep_model=True), out
+
+def test_separate_models_are_those_of_single_classes(folder, tmp_path, separate_run):
+    separate, _ = separate_run
+    single = {c: run(toy_spec(folder, classes=c, labelled=2, hold_out=3), tmp_path) for c in KINDS}
+    per_class = {c: record.metrics["exact"]["per_class"][c] for c, record in single.items()}
+    assert separate.metrics["exact"]["per_class"] == per_class
+    sizes = [record.cost["bytes_test_without_backbone"] for record in single.values()]
+    assert separate.cost["bytes_test_without_backbone"] == sum(sizes)
+
+def test_separate_models_differ_from_one_model(folder, tmp_path, separate_run):
+    unified = run(toy_spec(folder, labelled=2, hold_out=3), tmp_path)
+    assert separate_run[0].metrics != unified.metrics
+
+def test_the_record_of_separate_models(separate_run):
+    record, _ = separate_run
+    assert not (record.folder/"models").exists() and set(record.history().cls) == set(KINDS)
+    assert record.cost["parameters_trained"] == 3
+    assert record.cost["bytes_test"] > record.cost["bytes_test_without_backbone"]
+
+def test_kept_separate_models_are_tested_on_other_images(folder, separate_run):
+    first, out = separate_run
+    other_test = run(toy_spec(folder, **SEPARATE | dict(hold_out=4)), out)
+    assert other_test.provenance["trained_by"] == first.id != other_test.id
+    assert other_test.cost["train_s"] == first.cost["train_s"]
+
+def test_kept_separate_models_are_tested_under_other_protocols(folder, separate_run):
+    first, out = separate_run
+    both = run(toy_spec(folder, **SEPARATE, protocols=["exact", "ader"]), out)
+    assert both.id == first.id and list(both.metrics) == ["exact", "ader"]
+    assert [m["cls"] for m in maps_of(toy_spec(folder, **SEPARATE), out)] == list(KINDS)
+
+def test_separate_models_that_are_done_are_not_trained_again(folder, tmp_path, monkeypatch):
+    spec = toy_spec(folder, setting="separate", detector="rd4ad", epochs=1)
+    models, steps = [], []
+
+    def stop_at_the_third(*args, **kwargs):
+        models.append(args)
+        if len(models) == 3: raise KeyboardInterrupt
+        return training.train(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "train", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt): run(spec, tmp_path/"broken")
+
+    plain_step = training.train_step
+
+    def counted_step(*args):
+        steps.append(args)
+        return plain_step(*args)
+
+    monkeypatch.setattr(training, "train_step", counted_step)
+    continued = run(spec, tmp_path/"broken")
+    assert len(steps) == 1
+    assert continued.metrics == run(spec, tmp_path/"whole").metrics
+
+# ---- the command line
+
+def test_the_command_draws_and_writes(cli, folder, tmp_path):
+    code, out, _ = cli("labels", folder, "--labelled", 2, "--hold-out", 4, "--out", tmp_path/"m.json")
+    assert code == 0 and "labelled" in out and read_manifest(tmp_path/"m.json")["hold_out"] == 4
+
+def test_the_command_checks_a_manifest(cli, folder, file):
+    code, out, _ = cli("labels", folder, "--manifest", file)
+    assert code == 0 and read_manifest(file)["test_hash"] in out
+
+def test_the_command_refuses_what_a_class_cannot_give(cli, folder):
+    code, _, err = cli("labels", folder, "--labelled", 8)
+    assert code == 2 and "--labelled-at-most" in err and err.count("\n") == 1
+    assert cli("labels", folder, "--labelled", 8, "--labelled-at-most")[0] == 0
+
+def test_a_manifest_and_a_number_of_labels_exclude_each_other(cli, folder, file):
+    code, _, err = cli("run", "--data", folder, "--manifest", file, "--labelled", 2)
+    assert code == 2 and "manifest" in err

@@ -4,23 +4,28 @@ import pytest
 from PIL import Image
 from mdd_bench.data import synthetic
 from mdd_bench.data.catalog import read_catalog, verify
-from mdd_bench.data.synthetic import CLASSES, LEAST_PIXELS, SIDE, SIZES, draw, draw_pair, embedded, plan, write_embedded
+from mdd_bench.data.synthetic import (
+    CLASSES, LEAST_PIXELS, SIDE, SIZES, draw, draw_pair, embedded, plan, write_embedded,
+)
 from mdd_bench.errors import DataError, SpecError
 
-KINDS = [(c, k) for c, p in CLASSES.items() for k in p.kinds]
+KINDS = [(cls, kind) for cls, product in CLASSES.items() for kind in product.kinds]
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path/"cache"))
     return tmp_path/"cache"/"embedded"
 
-def contents(root): return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+def contents(root):
+    "The bytes of every file below a folder."
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 @pytest.mark.parametrize("cls,kind", KINDS)
 def test_the_mask_is_where_the_twin_differs(cls, kind):
     for i in range(3):
         image, twin, mask = draw_pair(cls, kind, i)
-        assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8 and mask.shape == (SIDE, SIDE) and mask.dtype == bool
+        assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
+        assert mask.shape == (SIDE, SIDE) and mask.dtype == bool
         assert ((image != twin).any(-1) == mask).all()
         assert LEAST_PIXELS <= mask.sum() < SIDE*SIDE/5
         assert twin.std() > 5
@@ -28,36 +33,51 @@ def test_the_mask_is_where_the_twin_differs(cls, kind):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_each_image_has_its_own_randomness(cls):
     kind = CLASSES[cls].kinds[0]
-    again, mask = draw(cls, kind, 1)
-    assert (again == draw(cls, kind, 1)[0]).all() and (mask == draw(cls, kind, 1)[1]).all()
-    images = [again, draw(cls, kind, 2)[0], draw(cls, kind, 1, seed=1)[0], draw(cls, "good", 1)[0], draw(cls, "good", 1, "train")[0]]
+    image, mask = draw(cls, kind, 1)
+    same_image, same_mask = draw(cls, kind, 1)
+    assert (image == same_image).all() and (mask == same_mask).all()
+    images = [
+        image,
+        draw(cls, kind, 2)[0],
+        draw(cls, kind, 1, seed=1)[0],
+        draw(cls, "good", 1)[0],
+        draw(cls, "good", 1, "train")[0],
+    ]
     assert len({im.tobytes() for im in images}) == len(images)
 
 def test_good_images_have_empty_masks():
-    assert not draw("cap", "good", 0)[1].any() and not draw("cap", None, 0, "train")[1].any()
+    for split in ("train", "test"):
+        _, mask = draw("cap", "good", 0, split)
+        assert not mask.any()
 
 def test_every_class_is_described():
-    assert [p.look for p in CLASSES.values()].count("texture") >= 3 <= [p.look for p in CLASSES.values()].count("object")
-    assert all(len(set(p.kinds)) == 4 for p in CLASSES.values())
+    looks = [product.look for product in CLASSES.values()]
+    assert looks.count("texture") >= 3 and looks.count("object") >= 3
+    assert all(len(set(product.kinds)) == 4 for product in CLASSES.values())
 
 @pytest.mark.parametrize("small,large", [("smoke", "default"), ("default", "large")])
 def test_a_larger_size_contains_the_smaller(small, large):
-    for c in CLASSES: assert set(plan(small, c)) < set(plan(large, c))
+    for cls in CLASSES:
+        assert set(plan(small, cls)) < set(plan(large, cls))
 
 def test_the_files_are_the_drawings(tmp_path, cache):
     root = write_embedded(tmp_path/"a", "smoke", classes=["tile", "cap"])
     catalog, _ = verify(read_catalog(root))
     n = SIZES["smoke"]
     assert catalog.classes == ["cap", "tile"] and catalog.ignored == 0
-    assert len(catalog.part(split="train")) == 2*n["train"] and len(catalog.part(split="test", kind="good")) == 2*n["good"]
-    for r in catalog.table.itertuples():
-        image, mask = draw(r.cls, r.kind, int(r.path[-7:-4]), r.split)
-        assert (np.array(Image.open(root/r.path)) == image).all()
-        if r.mask: assert (np.array(Image.open(root/r.mask)) == 255*mask).all()
+    assert len(catalog.part(split="train")) == 2*n["train"]
+    assert len(catalog.part(split="test", kind="good")) == 2*n["good"]
+    for row in catalog.table.itertuples():
+        image, mask = draw(row.cls, row.kind, int(row.path[-7:-4]), row.split)
+        assert (np.array(Image.open(root/row.path)) == image).all()
+        if row.mask:
+            assert (np.array(Image.open(root/row.mask)) == 255*mask).all()
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
-    a, b, c = (contents(write_embedded(tmp_path/str(n), "smoke", seed, ["connector"])) for n, seed in enumerate((3, 3, 4)))
-    assert a == b and a.keys() == c.keys() and all(a[k] != c[k] for k in a)
+    def written(name, seed): return contents(write_embedded(tmp_path/name, "smoke", seed, ["connector"]))
+    first, second, other = written("first", 3), written("second", 3), written("other", 4)
+    assert first == second
+    assert first.keys() == other.keys() and all(first[k] != other[k] for k in first)
 
 def test_drawn_once(cache, monkeypatch):
     root = embedded("embedded-v1-smoke")
@@ -66,19 +86,22 @@ def test_drawn_once(cache, monkeypatch):
     assert embedded("embedded-v1-smoke") == root
 
 def test_an_interrupted_drawing_leaves_nothing(cache, monkeypatch):
-    real, seen = synthetic.write_image, []
+    write_image, written = synthetic.write_image, []
     def interrupted(*args):
-        seen.append(args)
-        if len(seen) == 3: raise KeyboardInterrupt
-        real(*args)
+        written.append(args)
+        if len(written) == 3: raise KeyboardInterrupt
+        write_image(*args)
     monkeypatch.setattr(synthetic, "write_image", interrupted)
     with pytest.raises(KeyboardInterrupt): embedded("embedded-v1-smoke")
-    assert len(seen) == 3 and not [p for p in cache.iterdir() if p.suffix != ".lock"]
+    assert len(written) == 3
+    assert not [p for p in cache.iterdir() if p.suffix != ".lock"]
 
 def test_what_a_killed_process_left_is_drawn_afresh(cache):
     stale = cache/"embedded-v1-smoke-seed0.part"/"old"/"train"/"good"
-    stale.mkdir(parents=True); (stale/"000.png").write_bytes(b"half")
-    assert "old" not in read_catalog(embedded("embedded-v1-smoke")).classes and not stale.exists()
+    stale.mkdir(parents=True)
+    (stale/"000.png").write_bytes(b"half")
+    assert "old" not in read_catalog(embedded("embedded-v1-smoke")).classes
+    assert not stale.exists()
 
 @pytest.mark.parametrize("wrong,culprit", [
     (lambda d: write_embedded(d, "huge"), "huge"),

@@ -4,38 +4,41 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'LARGEST', 'LEAST_CHANGE', 'LEAST_SEEN', 'LEAST_PIXELS', 'KINDS', 'TRIES', 'LEAST_IMAGES', 'PAIRS',
-           'REVISION', 'HELDOUT', 'stream', 'side', 'area', 'around', 'moved', 'scratch', 'stain', 'warp', 'changed',
-           'visible', 'damaged', 'held_out', 'training_images', 'write_class', 'heldout', 'dataset_folder']
+           'REVISION', 'stream', 'side', 'random_area', 'random_centre', 'coordinates', 'piece', 'moved', 'arc',
+           'scratch', 'smoothstep', 'uneven_outline', 'stain', 'swirl', 'warp', 'changed', 'visible', 'strong_stain',
+           'Defect', 'draw_defect', 'held_out', 'list_training_images', 'read_digests', 'TrainingImages',
+           'without_copies', 'training_images', 'write_defect', 'write_class', 'heldout']
 
 # %% ../../nbs/data/06_heldout.ipynb #afe887b5
 import hashlib, re, shutil
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
-from .catalog import cache_dir, digests, images_in
+from .catalog import cache_dir, digests, folders_in, images_in
 from .loading import load_image
-from .synthetic import embedded
-from ..errors import DataError, SpecError, unknown
+from ..errors import DataError, unknown
 
 # %% ../../nbs/data/06_heldout.ipynb #71e5fa68
 def stream(
-    *words,                  # whatever names the drawing: seed, class, file, kind
+    *name,                   # what names the drawing: seed, class, file, kind
 ) -> np.random.Generator:
-    "A random generator that depends on its name only (ours)."
-    return np.random.default_rng(int.from_bytes(hashlib.sha256("\0".join(map(str, words)).encode()).digest()[:16], "little"))
+    "A random generator that depends on its name only."
+    digest = hashlib.sha256("\0".join(map(str, name)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 # %% ../../nbs/data/06_heldout.ipynb #8ca14cca
-SMALLEST, LARGEST = .002, .04 # of the image's area
+SMALLEST, LARGEST = .002, .04  # share of the image's area
 
 def side(
     image, # [H, W, 3]
 ) -> float: # pixels
-    "The side of a square with as many pixels: the image's height, if it is square (ours)."
+    "The side of a square with as many pixels as the image: the height, if the image is square."
     return (image.shape[0]*image.shape[1])**.5
 
-def area(
+def random_area(
     rng,   # numpy Generator
     image, # [H, W, 3]
 ) -> float: # pixels
@@ -43,82 +46,138 @@ def area(
     return SMALLEST*(LARGEST/SMALLEST)**rng.uniform()*side(image)**2
 
 # %% ../../nbs/data/06_heldout.ipynb #0cc93e16
-def around(
+def random_centre(
     rng,   # numpy Generator
     image, # [H, W, 3]
-):         # place (y, x) in pixels, and the coordinates of all pixels relative to it: [H, 1] and [1, W]
-    "A random place in the middle 80% of the image, and coordinates about it (ours)."
-    at = rng.uniform(.1, .9, 2)*image.shape[:2]
-    y, x = (np.arange(n) - a for n, a in zip(image.shape, at))
-    return at, y[:, None], x[None]
+):         # [2]: y and x in pixels
+    "A random position in the middle 80% of the image (ours)."
+    return rng.uniform(.1, .9, 2)*image.shape[:2]
+
+def coordinates(
+    image,  # [H, W, 3]
+    centre, # y and x in pixels
+):          # y [H, 1] and x [1, W]
+    "The coordinates of all pixels relative to a centre."
+    y = np.arange(image.shape[0]) - centre[0]
+    x = np.arange(image.shape[1]) - centre[1]
+    return y[:, None], x[None]
 
 # %% ../../nbs/data/06_heldout.ipynb #83de3426
+def piece(
+    height, width, # pixels
+    ellipse,       # bool: an ellipse instead of a rectangle
+):                 # bool [height, width]
+    "The shape of the piece that is moved."
+    y = (2*np.arange(height) + 1)/height - 1       # -1 to 1 across the piece
+    x = (2*np.arange(width) + 1)/width - 1
+    return y[:, None]**2 + x**2 <= (1 if ellipse else 2)
+
 def moved(
     rng,   # numpy Generator
     image, # uint8 [H, W, 3]
-):         # the damaged image, [H, W, 3]
-    "A piece of the image pasted elsewhere (paper: CutPaste, Li et al. 2021; sizes, the ellipse and the kept colours: ours)."
+):         # the damaged image, uint8 [H, W, 3]
+    "A piece of the image pasted elsewhere (paper: CutPaste; sizes, the ellipse and the kept colours: ours)."
     H, W = image.shape[:2]
-    n, aspect, ellipse = area(rng, image), 2.5**rng.uniform(-1, 1), rng.random() < .5
-    h, w = (int(np.clip(s, 1, m//2)) for s, m in (((n*aspect)**.5, H), ((n/aspect)**.5, W)))
-    (y, v), (x, u) = rng.integers(0, H - h + 1, 2), rng.integers(0, W - w + 1, 2)
-    dy, dx = ((2*np.arange(k) + 1)/k - 1 for k in (h, w))                       # -1 to 1 across the piece
-    piece = dy[:, None]**2 + dx**2 <= (1 if ellipse else 2)
+    area, aspect, ellipse = random_area(rng, image), 2.5**rng.uniform(-1, 1), rng.random() < .5
+    h = int(np.clip((area*aspect)**.5, 1, H//2))
+    w = int(np.clip((area/aspect)**.5, 1, W//2))
+    from_y, to_y = rng.integers(0, H - h + 1, 2)
+    from_x, to_x = rng.integers(0, W - w + 1, 2)
+    shape = piece(h, w, ellipse)
     out = image.copy()
-    out[v:v + h, u:u + w][piece] = image[y:y + h, x:x + w][piece]
+    out[to_y:to_y + h, to_x:to_x + w][shape] = image[from_y:from_y + h, from_x:from_x + w][shape]
     return out
 
 # %% ../../nbs/data/06_heldout.ipynb #1f754304
+def arc(
+    rng,    # numpy Generator
+    centre, # y and x in pixels
+    side,   # of the image, pixels
+):          # [33, 2]: x and y in pixels
+    "The points of a parabola in a random direction, 15% to 60% of the image's side long (ours)."
+    length, bend, angle = rng.uniform(.15, .6)*side, rng.uniform(-.8, .8), rng.uniform(0, 2*np.pi)
+    t = np.linspace(-.5, .5, 33)
+    along, across = length*t, length*bend*t**2
+    x = centre[1] + np.cos(angle)*along - np.sin(angle)*across
+    y = centre[0] + np.sin(angle)*along + np.cos(angle)*across
+    return np.stack([x, y], 1)
+
 def scratch(
     rng,   # numpy Generator
     image, # uint8 [H, W, 3]
 ):         # the damaged image, float [H, W, 3]
     "A thin bent line, lighter or darker than what is below by 10 to 70 grey levels (ours)."
-    (cy, cx), *_ = around(rng, image)
-    length, bend, angle, t = rng.uniform(.15, .6)*side(image), rng.uniform(-.8, .8), rng.uniform(0, 2*np.pi), np.linspace(-.5, .5, 33)
-    along, across = length*t, length*bend*t**2
-    points = zip(cx + np.cos(angle)*along - np.sin(angle)*across, cy + np.sin(angle)*along + np.cos(angle)*across)
+    points = arc(rng, random_centre(rng, image), side(image))
     canvas = Image.new("L", image.shape[1::-1], 1)
-    ImageDraw.Draw(canvas).line(list(points), fill=0)
-    half = rng.uniform(.5, 1.5)*side(image)/256
-    cover = np.clip(half + .5 - distance_transform_edt(np.array(canvas)), 0, 1)
-    return image + rng.choice([-1, 1])*rng.uniform(10, 70)*cover[..., None]
+    ImageDraw.Draw(canvas).line([tuple(point) for point in points], fill=0)
+    half_width = rng.uniform(.5, 1.5)*side(image)/256
+    coverage = np.clip(half_width + .5 - distance_transform_edt(np.array(canvas)), 0, 1)
+    return image + rng.choice([-1, 1])*rng.uniform(10, 70)*coverage[..., None]
 
 # %% ../../nbs/data/06_heldout.ipynb #5408c04a
+def smoothstep(
+    p, # 0 to 1
+):     # 0 to 1, flat at both ends
+    "A smooth step from 0 to 1."
+    return p*p*(3 - 2*p)
+
+def uneven_outline(
+    rng,    # numpy Generator
+    angle,  # radians [H, W]
+    radius, # pixels
+):          # pixels [H, W]
+    "The distance of a spot's outline from its centre, in each direction (ours)."
+    waves = sum(rng.normal(0, .1)*np.cos(k*angle + rng.uniform(0, 2*np.pi)) for k in (2, 3, 4))
+    return radius*(1.2 + waves).clip(.4)
+
 def stain(
-    rng,          # numpy Generator
-    image,        # uint8 [H, W, 3]
-    strong=False, # unmissable, away from the image's own brightness
-):                # the damaged image, float [H, W, 3]
-    "A soft-edged spot that is lighter or darker by 8 to 40 grey levels and, on colour images, a little off in colour (ours)."
-    _, y, x = around(rng, image)
-    R, soft, angle = (area(rng, image)/np.pi)**.5, rng.uniform(.2, .9), np.arctan2(y, x)
-    edge = R*(1.2 + sum(rng.normal(0, .1)*np.cos(k*angle + rng.uniform(0, 2*np.pi)) for k in (2, 3, 4))).clip(.4)
-    p = np.clip((1 - np.hypot(y, x)/edge)/soft, 0, 1)
-    grey = (image == image[..., :1]).all()
-    shift = rng.choice([-1, 1])*rng.uniform(8, 40) + rng.normal(0, 6, 3)*(not grey)
-    if strong: p, shift = np.clip(2 - np.hypot(y, x)/max(.05*side(image), 2), 0, 1), 90*(1 if image.mean() < 128 else -1)
-    return image + (p*p*(3 - 2*p))[..., None]*shift
+    rng,   # numpy Generator
+    image, # uint8 [H, W, 3]
+):         # the damaged image, float [H, W, 3]
+    "A soft-edged spot, 8 to 40 grey levels lighter or darker, slightly off in colour if there is any (ours)."
+    y, x = coordinates(image, random_centre(rng, image))
+    radius, soft = (random_area(rng, image)/np.pi)**.5, rng.uniform(.2, .9)
+    outline = uneven_outline(rng, np.arctan2(y, x), radius)
+    p = np.clip((1 - np.hypot(y, x)/outline)/soft, 0, 1)
+    is_grey = (image == image[..., :1]).all()
+    shift = rng.choice([-1, 1])*rng.uniform(8, 40) + rng.normal(0, 6, 3)*(not is_grey)
+    return image + smoothstep(p)[..., None]*shift
 
 # %% ../../nbs/data/06_heldout.ipynb #5ca69bf0
+def swirl(
+    y, x, # offsets [n] of pixels from the centre
+    turn, # radians [n]
+):        # y and x [n]
+    "The offsets, each turned by an angle of its own."
+    return np.cos(turn)*y + np.sin(turn)*x, np.cos(turn)*x - np.sin(turn)*y
+
 def warp(
     rng,   # numpy Generator
     image, # uint8 [H, W, 3]
 ):         # the damaged image, float [H, W, 3]
     "A local swirl (0.6 to 2.2 radians) or bulge (a scale of 1 +- 0.3 to 0.7) of the geometry (ours)."
-    at, y, x = around(rng, image)
-    R, sign, swirl, strength = (1.3*area(rng, image)/np.pi)**.5, rng.choice([-1, 1]), rng.random() < .5, rng.uniform()
-    inside = np.hypot(y, x) < R
-    y, x = (np.broadcast_to(d, inside.shape)[inside] for d in (y, x))
-    q = (1 - (y**2 + x**2)/R**2)**2
-    turn, scale = (sign*(.6 + 1.6*strength)*q, 1) if swirl else (0*q, 1 + sign*(.3 + .4*strength)*q)
-    source = [at[0] + scale*(np.cos(turn)*y + np.sin(turn)*x), at[1] + scale*(np.cos(turn)*x - np.sin(turn)*y)]
+    centre = random_centre(rng, image)
+    y, x = coordinates(image, centre)
+    radius = (1.3*random_area(rng, image)/np.pi)**.5
+    sign, is_swirl, strength = rng.choice([-1, 1]), rng.random() < .5, rng.uniform()
+    inside = np.hypot(y, x) < radius
+    y, x = (np.broadcast_to(offset, inside.shape)[inside] for offset in (y, x))
+    q = (1 - (y**2 + x**2)/radius**2)**2
+    if is_swirl:
+        y, x = swirl(y, x, sign*(.6 + 1.6*strength)*q)
+    else:
+        scale = 1 + sign*(.3 + .4*strength)*q
+        y, x = scale*y, scale*x
     out = image.astype(float)
-    for c in range(3): out[inside, c] = map_coordinates(image[..., c].astype(float), source, order=3, mode="mirror")
+    for c in range(3):
+        channel = image[..., c].astype(float)
+        out[inside, c] = map_coordinates(channel, [centre[0] + y, centre[1] + x], order=3, mode="mirror")
     return out
 
 # %% ../../nbs/data/06_heldout.ipynb #97bf77ac
-LEAST_CHANGE, LEAST_SEEN, LEAST_PIXELS = 2, 10, 12 # grey levels, grey levels after smoothing, pixels
+LEAST_CHANGE = 2  # grey levels
+LEAST_SEEN = 10   # grey levels after smoothing
+LEAST_PIXELS = 12
 
 def changed(
     clean, # uint8 [H, W, 3]
@@ -131,108 +190,181 @@ def visible(
     clean, # uint8 [H, W, 3]
     image, # uint8 [H, W, 3]
 ) -> bool:
-    "Does the change survive smoothing by one pixel of 256, on enough pixels? (ours)"
+    "Whether the change survives smoothing by one pixel of 256, on enough pixels (ours)."
     unit = max(1, side(image)/256)
-    rest = gaussian_filter(image.astype(float) - clean, (unit, unit, 0))
-    return bool((np.abs(rest).max(-1) > LEAST_SEEN).sum() >= LEAST_PIXELS*unit**2)
+    difference = gaussian_filter(image.astype(float) - clean, (unit, unit, 0))
+    seen = np.abs(difference).max(-1) > LEAST_SEEN
+    return bool(seen.sum() >= LEAST_PIXELS*unit**2)
 
 # %% ../../nbs/data/06_heldout.ipynb #13ffc31e
-KINDS, TRIES = dict(moved=moved, scratch=scratch, stain=stain, warp=warp), 20
+def strong_stain(
+    rng,   # numpy Generator
+    image, # uint8 [H, W, 3]
+):         # the damaged image, float [H, W, 3]
+    "An unmissable round spot, away from the image's own brightness (ours)."
+    y, x = coordinates(image, random_centre(rng, image))
+    p = np.clip(2 - np.hypot(y, x)/max(.05*side(image), 2), 0, 1)
+    shift = 90 if image.mean() < 128 else -90
+    return image + smoothstep(p)[..., None]*shift
 
-def damaged(
+# %% ../../nbs/data/06_heldout.ipynb #d6537934
+KINDS = dict(moved=moved, scratch=scratch, stain=stain, warp=warp)
+TRIES = 20
+
+class Defect(NamedTuple):
+    "A damaged image."
+    image: np.ndarray  # uint8 [H, W, 3]
+    mask: np.ndarray   # bool [H, W]
+    kind: str          # a key of `KINDS`: what was drawn in the end
+
+def draw_defect(
     rng,   # numpy Generator
     image, # uint8 [H, W, 3]
     kind,  # a key of `KINDS`
-):         # damaged image uint8 [H, W, 3], mask bool [H, W], the kind that was drawn in the end
-    "Draw a defect that can be seen; after 20 vain attempts a strong stain. Raises `SpecError` for an unknown kind, `DataError` for an image too small to show any (ours)."
+) -> Defect:
+    "Draw a defect that can be seen (ours). Raises `DataError` for an image too small to show any."
     if kind not in KINDS: raise unknown("kind of defect", kind, KINDS)
-    for attempt in range(TRIES + 1):
-        raw = KINDS[kind](rng, image) if attempt < TRIES else stain(rng, image, strong=True)
-        out = (np.clip(raw, 0, 255) + .5).astype(np.uint8)
-        mask = changed(image, out)
-        if mask.sum() >= LEAST_PIXELS and visible(image, out): return np.where(mask[..., None], out, image), mask, kind if attempt < TRIES else "stain"
-    raise DataError(f"no defect shows on an image of {image.shape[1]}x{image.shape[0]} pixels", "use larger images")
+    attempts = [(kind, KINDS[kind])]*TRIES + [("stain", strong_stain)]
+    for drawn_kind, draw in attempts:
+        damaged = (np.clip(draw(rng, image), 0, 255) + .5).astype(np.uint8)
+        mask = changed(image, damaged)
+        if mask.sum() >= LEAST_PIXELS and visible(image, damaged):
+            return Defect(np.where(mask[..., None], damaged, image), mask, drawn_kind)
+    raise DataError(f"no defect shows on an image of {image.shape[1]}x{image.shape[0]} pixels",
+                    "use larger images")
 
 # %% ../../nbs/data/06_heldout.ipynb #c59474ed
-LEAST_IMAGES = 4 # of a class: two to train on, two to test on
+LEAST_IMAGES = 4  # of a class: two to train on, two to test on
 
 def held_out(
     names: list,  # of a class's training images, in any order
-    cls: str,
-    seed=0,
-) -> list:        # of names, in the order of their lots
-    "A fifth of the names, at least two, drawn by lot; raises `DataError` for a class with fewer than four (ours)."
-    if len(names) < LEAST_IMAGES: raise DataError(f"class {cls!r} has {len(names)} different training images: too few to hold some out", f"add images to {cls}/train/good until there are {LEAST_IMAGES}, or leave the class out of the dataset's folder")
-    lot = lambda name: hashlib.sha256(f"{seed}\0{cls}\0{name}".encode()).digest()
-    return sorted(names, key=lot)[:max(2, len(names)//5)]
+    cls: str,     # the class
+    seed=0,       # another seed, other images
+) -> list:        # of names, in the order of their hashes
+    "A fifth of the names, at least two, at random (ours). Raises `DataError` for fewer than four names."
+    n = len(names)
+    if n < LEAST_IMAGES:
+        raise DataError(f"class {cls!r} has {n} different training images: too few to hold some out",
+                        f"add images to {cls}/train/good until there are {LEAST_IMAGES}, "
+                        "or leave the class out of the dataset's folder")
+    def name_hash(name): return hashlib.sha256(f"{seed}\0{cls}\0{name}".encode()).digest()
+    return sorted(names, key=name_hash)[:max(2, n//5)]
 
 # %% ../../nbs/data/06_heldout.ipynb #c8d75a29
-PAIRS = (("moved", "scratch"), ("stain", "warp"), ("moved", "stain"), ("scratch", "warp"), ("moved", "warp"), ("scratch", "stain"))
+PAIRS = (
+    ("moved", "scratch"), ("stain", "warp"),
+    ("moved", "stain"), ("scratch", "warp"),
+    ("moved", "warp"), ("scratch", "stain"),
+)
+
+# %% ../../nbs/data/06_heldout.ipynb #30ab0b73
+def list_training_images(
+    root: Path, # a dataset in MVTec's layout
+) -> dict:      # class -> paths, sorted by name
+    "The files in each class's `train/good`. Raises `DataError` for a folder without any."
+    if not root.is_dir():
+        raise DataError(f"no folder {root}",
+                        "give the folder that holds one sub-folder per product class, or embedded-v1")
+    folders = [p for p in folders_in(root) if (p/"train").is_dir()]
+    if not folders:
+        raise DataError(f"no training images in {root}", "expected <class>/train/good/*.png below it")
+    return {folder.name: images_in(folder/"train"/"good") for folder in folders}
+
+def read_digests(
+    root: Path,  # the dataset
+    paths: list, # of images
+) -> dict:       # path -> (width, height, sha256 of the content)
+    "The content of each image. Raises `DataError` for one that is unreadable."
+    relative = {path: path.relative_to(root).as_posix() for path in paths}
+    try:
+        found = digests(root, list(relative.values()), "raise")
+    except DataError as e:
+        raise DataError(e.what, "replace or remove the file: --skip-broken does not reach the images "
+                                "that a heldout dataset is made of") from None
+    return {path: tuple(found[name]) for path, name in relative.items()}
 
 # %% ../../nbs/data/06_heldout.ipynb #40967a85
 REVISION = 1
 
+class TrainingImages(NamedTuple):
+    "What a held-out dataset is made of."
+    paths: dict       # class -> paths, sorted by name, without copies
+    fingerprint: str  # of names and contents, 12 hex digits
+
+def without_copies(
+    paths: list,   # sorted by name
+    content: dict, # path -> digest of the content
+) -> list:
+    "The first file of each content."
+    first = {}
+    for path in paths: first.setdefault(content[path], path)
+    return list(first.values())
+
 def training_images(
-    root: Path,   # a dataset in MVTec's layout
-):                # {class: [paths, sorted by name]}, without copies; content fingerprint (12 hex digits)
-    "The training images of a dataset and nothing else; raises `DataError` for a folder without any, or an unreadable image (ours)."
-    if not root.is_dir(): raise DataError(f"no folder {root}", "give the folder that holds one sub-folder per product class, or embedded-v1")
-    found = {p.name: images_in(p/"train"/"good") for p in sorted(root.iterdir()) if (p/"train").is_dir()}
-    if not found: raise DataError(f"no training images in {root}", "expected <class>/train/good/*.png below it")
-    try: seen = digests(root, [p.relative_to(root).as_posix() for c in found for p in found[c]], "raise")
-    except DataError as e: raise DataError(e.what, "replace or remove the file: --skip-broken does not reach the images that a heldout dataset is made of") from None
-    content = hashlib.sha256("\n".join(sorted(f"{p} {d}" for p, d in seen.items())).encode()).hexdigest()[:12]
-    return {c: sorted({tuple(seen[p.relative_to(root).as_posix()]): p for p in reversed(paths)}.values()) for c, paths in found.items()}, content
+    root: Path, # a dataset in MVTec's layout
+) -> TrainingImages:
+    "The training images of a dataset. Raises `DataError` if there are none, or one is unreadable."
+    paths = list_training_images(root)
+    content = read_digests(root, [path for cls in paths for path in paths[cls]])
+    lines = sorted(f"{path.relative_to(root).as_posix()} {list(digest)}" for path, digest in content.items())
+    fingerprint = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return TrainingImages({cls: without_copies(paths[cls], content) for cls in paths}, fingerprint)
 
 # %% ../../nbs/data/06_heldout.ipynb #dffd050a
+def write_defect(
+    folder: Path, # of the class
+    number: int,  # of the clean image among the training images
+    path: Path,   # the clean image
+    kind: str,    # a key of `KINDS`
+    seed=0,       # another seed, another defect
+):
+    "Write a damaged image and its mask."
+    defect = draw_defect(stream(seed, folder.name, path.name, kind), load_image(path), kind)
+    stem = f"{number:03}" if defect.kind == kind else f"{number:03}_{kind}"
+    files = {
+        folder/"test"/defect.kind/f"{stem}.png": defect.image,
+        folder/"ground_truth"/defect.kind/f"{stem}_mask.png": defect.mask.astype(np.uint8)*255,
+    }
+    for file, pixels in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file, compress_level=1)
+
+# %% ../../nbs/data/06_heldout.ipynb #5318c47f
 def write_class(
     folder: Path, # of the class, new
     paths: list,  # its training images, sorted
-    seed=0,
+    seed=0,       # another seed, other images and defects
 ):
-    "One class: `train/good`, `test/good`, and two damaged images with masks per held-out one; raises `DataError` for too few images (ours)."
-    def place(*parts): path = folder.joinpath(*parts); path.parent.mkdir(parents=True, exist_ok=True); return path
-    chosen = held_out([p.name for p in paths], folder.name, seed)
-    for number, p in enumerate(paths):
-        shutil.copyfile(p, place("test" if p.name in chosen else "train", "good", p.name))
-        for kind in PAIRS[chosen.index(p.name) % len(PAIRS)] if p.name in chosen else ():
-            image, mask, drawn = damaged(stream(seed, folder.name, p.name, kind), load_image(p), kind)
-            stem = f"{number:03}" if drawn == kind else f"{number:03}_{kind}"
-            Image.fromarray(image).save(place("test", drawn, f"{stem}.png"), compress_level=1)
-            Image.fromarray(mask.astype(np.uint8)*255).save(place("ground_truth", drawn, f"{stem}_mask.png"), compress_level=1)
+    "Write a class with two damaged images per held-out one. Raises `DataError` for too few images."
+    for split in ("train", "test"): (folder/split/"good").mkdir(parents=True)
+    chosen = held_out([path.name for path in paths], folder.name, seed)
+    for number, path in enumerate(paths):
+        split = "test" if path.name in chosen else "train"
+        shutil.copyfile(path, folder/split/"good"/path.name)
+        if split == "test":
+            for kind in PAIRS[chosen.index(path.name) % len(PAIRS)]:
+                write_defect(folder, number, path, kind, seed)
 
 # %% ../../nbs/data/06_heldout.ipynb #62464175
 def heldout(
     root: Path,       # the source: a dataset in MVTec's layout
     name: str = None, # how the folder's name begins; None: as the source's
-    seed=0,
+    seed=0,           # another seed, other images and defects
 ) -> Path:            # a dataset in MVTec's layout
-    "The held-out dataset of a source, in the cache, drawn on first use; raises `DataError` for a source that has too few or unreadable training images (ours)."
+    "The held-out dataset of a source, in the cache. Raises `DataError` for too few or unreadable images."
     root = Path(root).expanduser()
-    images, content = training_images(root)
+    images = training_images(root)
     stem = re.sub(r"[^\w.-]+", "_", name or root.resolve().name).strip(".")
     home = cache_dir()/"heldout"
-    done, part, lock = (home/f"{stem}-{content}-r{REVISION}-seed{seed}{end}" for end in ("", ".part", ".lock"))
     home.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        if not done.is_dir():
+    done = home/f"{stem}-{images.fingerprint}-r{REVISION}-seed{seed}"
+    part = home/f"{done.name}.part"
+    with FileLock(home/f"{done.name}.lock"):
+        if done.is_dir(): return done
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            for cls, paths in images.paths.items(): write_class(part/cls, paths, seed)
+            part.rename(done)
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            try:
-                for c, paths in images.items(): write_class(part/c, paths, seed)
-                part.rename(done)
-            finally: shutil.rmtree(part, ignore_errors=True)
     return done
-
-# %% ../../nbs/data/06_heldout.ipynb #218d3dee
-HELDOUT = "heldout:"
-
-def dataset_folder(
-    data: str, # a dataset folder, embedded-v1..., or heldout:<one of these>
-) -> Path:     # the folder, drawn if need be
-    "The folder that a run's `data` means; raises `SpecError` for an unknown or nested name, `DataError` where `heldout` does (ours)."
-    data = str(data)
-    if data.startswith("embedded-"): return embedded(data)
-    if not data.startswith(HELDOUT): return Path(data).expanduser()
-    inner = data.removeprefix(HELDOUT)
-    if not inner or inner.startswith(HELDOUT): raise SpecError(f"data {data!r}", f"after {HELDOUT} comes a dataset folder or an embedded benchmark, for example {HELDOUT}embedded-v1")
-    return heldout(dataset_folder(inner))

@@ -11,37 +11,44 @@ from ..errors import DataError
 
 # %% ../../nbs/evaluation/42_diagnosis.ipynb #34ad16f7
 def hardest_normal(
-    base,         # float [N, H, W]: maps of the base method
-    truth,        # bool [N, H, W]: defective pixels
-    share=.1,     # of the normal pixels
-):                # bool [N, H, W]
-    "The `share` of normal pixels with the highest base values (ours); raises `DataError` where nothing is normal or shapes differ."
+    base,      # float [N, H, W]: maps of the base method
+    truth,     # bool [N, H, W]: defective pixels
+    share=.1,  # of the normal pixels
+):             # bool [N, H, W]
+    """The `share` of normal pixels with the highest base values (ours). DataError when nothing is normal or
+    the shapes differ."""
     base, truth = np.asarray(base), np.asarray(truth, bool)
-    if base.shape != truth.shape: raise DataError(f"maps of shape {base.shape}, masks of shape {truth.shape}", "give both at one size")
-    if truth.all(): raise DataError("no pixel is normal", "give a class that has normal pixels")
-    return ~truth & (base >= np.quantile(base[~truth], 1 - share))
+    if base.shape != truth.shape:
+        raise DataError(f"maps of shape {base.shape}, masks of shape {truth.shape}", "give both at one size")
+    if truth.all():
+        raise DataError("no pixel is normal", "give a class that has normal pixels")
+    threshold = np.quantile(base[~truth], 1 - share)
+    return ~truth & (base >= threshold)
 
-# %% ../../nbs/evaluation/42_diagnosis.ipynb #207f6f0f
+# %% ../../nbs/evaluation/42_diagnosis.ipynb #0ec8e5f1
 def fpr95(
-    maps,         # float [N, H, W]
-    truth,        # bool [N, H, W]
-    where=None,   # bool [N, H, W]: which normal pixels count; None: all
-) -> float:       # in [0, 1]; nan without a defective pixel
-    "Share of the normal pixels in `where` at or above the threshold that finds 95% of the defective ones (as P-FPR95 of the metrics)."
+    maps,        # float [N, H, W]
+    truth,       # bool [N, H, W]
+    where=None,  # bool [N, H, W]: which normal pixels count; None: all
+) -> float:      # in [0, 1]; nan without a defective pixel
+    "The share of normal pixels in `where` at or above the threshold that finds 95% of the defective ones."
     maps, truth = np.asarray(maps), np.asarray(truth, bool)
     defective = np.sort(maps[truth])[::-1]
     if not len(defective): return float("nan")
+    needed = int(np.ceil(.95*len(defective)))
+    threshold = defective[needed - 1]
     normal = ~truth if where is None else ~truth & where
-    return float((maps[normal] >= defective[int(np.ceil(.95*len(defective))) - 1]).mean())
+    return float((maps[normal] >= threshold).mean())
 
-# %% ../../nbs/evaluation/42_diagnosis.ipynb #965e455e
+# %% ../../nbs/evaluation/42_diagnosis.ipynb #2cfd494f
 def inside_outside(
-    maps,         # float [N, H, W], raw: 1 - cosine between teacher and restoration
-    truth,        # bool [N, H, W]
-) -> dict:        # inside, outside: mean errors; ratio
-    "Mean restoration error on defective and on normal pixels of defective images, and their ratio (ours); nan without a defect."
+    maps,   # float [N, H, W], raw: 1 - cosine between teacher and restoration
+    truth,  # bool [N, H, W]
+) -> dict:  # inside, outside: mean errors; ratio; all nan without a defect
+    "Mean restoration errors on defective and normal pixels of images with a defect, and their ratio (ours)."
     maps, truth = np.asarray(maps), np.asarray(truth, bool)
-    broken = truth.any((1, 2))
-    if not broken.any(): return dict(inside=float("nan"), outside=float("nan"), ratio=float("nan"))
-    inside, outside = float(maps[truth].mean()), float(maps[broken][~truth[broken]].mean())
+    has_defect = truth.any((1, 2))
+    if not has_defect.any(): return dict.fromkeys(("inside", "outside", "ratio"), float("nan"))
+    inside = float(maps[truth].mean())
+    outside = float(maps[has_defect][~truth[has_defect]].mean())
     return dict(inside=inside, outside=outside, ratio=inside/outside)

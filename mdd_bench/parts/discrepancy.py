@@ -10,24 +10,26 @@ import torch.nn.functional as F
 
 # %% ../../nbs/parts/13_discrepancy.ipynb #eb0e6643
 def discrepancy(
-    a,  # [B, C, H, W]
-    b,  # the same shape
-):      # [B, H, W] in [0, 2]: 0 the same direction, 1 at right angles, 2 opposite
-    "One minus the cosine at each position (RD4AD, Eq. 1)."
+    a,  # features [B, C, H, W]
+    b,  # features of the same shape
+):      # [B, H, W]: 0 where they point the same way, 1 where orthogonal, 2 where opposite
+    "Return one minus the cosine of the angle between `a` and `b` at each position (RD4AD, Eq. 1)."
     return 1 - F.cosine_similarity(a, b, dim=1)
 
 # %% ../../nbs/parts/13_discrepancy.ipynb #11052dfa
 def cosine_loss(
     student,  # list of [B, C_i, H_i, W_i]
-    teacher,  # likewise
+    teacher,  # list of the same shapes
 ):            # scalar
-    "Sum over levels of one minus the cosine of the flattened levels, mean over images (released code: RD4AD)."
-    return sum((1 - F.cosine_similarity(s.flatten(1), t.flatten(1))).mean() for s, t in zip(student, teacher))
+    "Add one minus the cosine of the flattened levels, each a mean over images (released code: RD4AD)."
+    levels = zip(student, teacher)
+    return sum((1 - F.cosine_similarity(s.flatten(1), t.flatten(1))).mean() for s, t in levels)
 
-# %% ../../nbs/parts/13_discrepancy.ipynb #91a25eef
+# %% ../../nbs/parts/13_discrepancy.ipynb #32715b80
 def fuse_levels(
     maps,  # one [B, h_i, w_i] per level
     size,  # (H, W) of the image
 ):         # [B, H, W]
-    "Enlarge every level bilinearly to the image and add (released code: RD4AD, mode 'a')."
-    return sum(F.interpolate(m[:, None], size, mode="bilinear", align_corners=True)[:, 0] for m in maps)
+    "Enlarge every level's map bilinearly to the image and add them (released code: RD4AD, mode 'a')."
+    enlarged = [F.interpolate(m[:, None], size, mode="bilinear", align_corners=True)[:, 0] for m in maps]
+    return sum(enlarged)
