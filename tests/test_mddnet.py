@@ -360,8 +360,10 @@ def same_batch(a, b):
     "Whether two batches hold the same, level by level where a value has levels."
     def tensors(value): return value if isinstance(value, list) else [value]
     if a.keys() != b.keys() or a["path"] != b["path"]: return False
-    pairs = [pair for name in a.keys() - {"path"} for pair in zip(tensors(a[name]), tensors(b[name]), strict=True)]
-    return all(torch.equal(p, q) for p, q in pairs)
+    for name in a.keys() - {"path"}:
+        pairs = zip(tensors(a[name]), tensors(b[name]), strict=True)
+        if not all(torch.equal(p, q) for p, q in pairs): return False
+    return True
 
 def shuffled_classes(table):
     shuffled = table.assign(cls=np.random.default_rng(0).permutation(table.cls.to_numpy()))
@@ -422,7 +424,7 @@ def test_groups_are_the_looks(small):
     assert torch.equal(group, (torch.arange(12) + group[0]) % 2)
 
 def test_more_groups_than_the_only_image(small):
-    "The state has one centre and one group of prototypes, the new detector three centres: both must become one."
+    "The state has one centre and one group of prototypes, the new detector three centres and one group."
     detector = create(small, memory="cluster", groups=3)
     call_hook(detector.prepare, [dict(features=small(stripes(1)))])
     loaded = create(small, memory="cluster", groups=3)
@@ -465,7 +467,8 @@ REFUSED = [    # (options, what the message must name, and the reason or the rem
     (dict(branches="restoration", fusion="sum"), "fusion='sum'", "branches!=both"),
     (dict(branches="restoration", bottleneck="separate"), "bottleneck='separate'", "branches!=both"),
     (dict(branches="distillation", dist_weight=.1), "dist_weight=0.1", "branches!=both"),
-    (dict(branches="distillation", anomaly_probability=1.), "probability=1.0", "branches=distillation"),
+    (dict(branches="distillation", anomaly_probability=1.),
+     "anomaly_probability=1.0", "branches=distillation"),
     (dict(branches="distillation", textures="images"), "textures='images'", "branches=distillation"),
     (dict(branches="restoration", memory="class", memory_at="both"), "memory_at='both'", "branches!=both"),
     (dict(memory="none", prototypes=8), "prototypes=8", "memory=none"),
@@ -474,7 +477,8 @@ REFUSED = [    # (options, what the message must name, and the reason or the rem
     (dict(memory="class", groups=3), "groups=3", "memory!=cluster"),
     (dict(groups=3), "groups=3", "memory!=cluster"),
     (dict(memory="none", groups=1), "groups=1", "memory!=cluster"),
-    (dict(memory_at="both", bottleneck="separate", **CLASS_MEMORY), "bottleneck='separate'", "memory_at=both"),
+    (dict(memory="class", memory_at="both", bottleneck="separate"),
+     "bottleneck='separate'", "memory_at=both"),
     (dict(scale="normal", fusion="product"), "scale='normal'", "fusion=product"),
     (dict(fusion="max"), "fusion 'max'", "product"),
     (dict(memory="clas"), "memory 'clas'", "Did you mean 'class'"),

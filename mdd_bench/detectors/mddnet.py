@@ -253,32 +253,32 @@ class MDDNetOptions(Detector):
 class Branches(nn.Module):
     "Restoration decoder and, where there is one, identity decoder, with their bottlenecks."
     def __init__(self,
-        backbone,         # the frozen teacher
-        decoder: str,     # "mirror" | "light"
-        identity: bool,   # whether there is an identity decoder
-        separate: bool,   # whether that one has a bottleneck of its own
+        backbone,             # the frozen teacher
+        decoder: str,         # "mirror" | "light"
+        with_identity: bool,  # whether there is an identity decoder
+        separate: bool,       # whether that one has a bottleneck of its own
     ):
         super().__init__()
         new_bottleneck, new_decoder = PAIRS[decoder]
         self.bottleneck = new_bottleneck(backbone)
         self.restoration_decoder = new_decoder(backbone)
-        self.identity_decoder = new_decoder(backbone) if identity else None
-        self.identity_bottleneck = new_bottleneck(backbone) if identity and separate else None
+        self.identity_decoder = new_decoder(backbone) if with_identity else None
+        self.identity_bottleneck = new_bottleneck(backbone) if with_identity and separate else None
         self.memory, self.memory_at = None, None
 
     def forward(self,
-        features,         # of the teacher: one [B, C_i, H_i, W_i] per level; the image may have a defect
-        group=None,       # [B] whose prototypes are read; None: predicted
-        identity=True,    # False: leave the identity decoder out
+        features,            # of the teacher: one [B, C_i, H_i, W_i] per level; the image may have a defect
+        group=None,          # [B] whose prototypes are read; None: predicted
+        with_identity=True,  # False: leave the identity decoder out
     ) -> Decoded:
         z = self.bottleneck(features)
         read = MemoryRead(z) if self.memory is None else self.memory(z, group)
-        kept = None
-        if identity and self.identity_decoder is not None:
-            shared = read.embedding if self.memory_at == "both" else z
-            own = shared if self.identity_bottleneck is None else self.identity_bottleneck(features)
-            kept = self.identity_decoder(own)
-        return Decoded(self.restoration_decoder(read.embedding), kept, read.group)
+        identity = None
+        if with_identity and self.identity_decoder is not None:
+            identity_z = read.embedding if self.memory_at == "both" else z
+            if self.identity_bottleneck is not None: identity_z = self.identity_bottleneck(features)
+            identity = self.identity_decoder(identity_z)
+        return Decoded(self.restoration_decoder(read.embedding), identity, read.group)
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #f4a5d4f3
 def make_branches(
@@ -287,8 +287,8 @@ def make_branches(
     options: dict,   # all options of MDD-Net
 ) -> Branches:
     "The network that the options ask for, with its memory."
-    identity, separate = options["branches"] == "both", options["bottleneck"] == "separate"
-    network = Branches(backbone, options["decoder"], identity, separate)
+    with_identity, separate = options["branches"] == "both", options["bottleneck"] == "separate"
+    network = Branches(backbone, options["decoder"], with_identity, separate)
     if options["memory"] != "none":
         groups = TrainingGroups(options["memory"], classes, backbone.channels, options["groups"])
         network.memory = Memory(groups, options["prototypes"], network.bottleneck.dim, options["read"])
@@ -441,7 +441,7 @@ class MDDNet(MDDNetOptions):
         return super().load_state_dict(state, strict)
 
     def predict(self, features, size):
-        decoded = self.network(features, identity=self.fusion != "tr")
+        decoded = self.network(features, with_identity=self.fusion != "tr")
         maps = discrepancy_maps(features, decoded)
         if self.scale == "normal": maps = self.level_scale(maps)
         return Prediction(fuse_maps(maps, size, self.fusion), extra=named_group(self.memory, decoded.group))
