@@ -110,7 +110,8 @@ def trained(variant, on="small", seed=0, copy=0):
         for epoch in range(2):
             seed_all(seed, epoch + 1)
             detector.train()
-            for i, batch in enumerate(batches): train_step(detector, batch, optimizer, recipe, "float32", epoch, i)
+            for step, batch in enumerate(batches):
+                train_step(detector, batch, optimizer, recipe, "float32", epoch, step)
             call_hook(detector.on_epoch, epoch)
     call_hook(detector.finish)
     return detector.eval()
