@@ -1,159 +1,238 @@
-"What every detector must do, whatever it is: shapes, determinism, no label at test, gradients where they belong, one image, an unseen class, save and load, option errors."
+"""What every detector must do: shapes, determinism, no label at test, gradients where they belong,
+one image alone, an unseen class, saving and loading, option errors."""
 import inspect
 from copy import deepcopy
 from functools import cache
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from mdd_bench.detectors.detector import create_detector, detector_class, known_options, list_detectors
+from mdd_bench.detectors.detector import create_detector, detector_class, list_detectors
 from mdd_bench.errors import SpecError
+from mdd_bench.options import declared_options
 from mdd_bench.parts.backbone import Backbone, hash_weights
 from mdd_bench.running.training import make_optimizer, seed_all, train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
-PYRAMIDS = dict(small=("resnet18", [1, 2]), coarse=("mobilenetv3_small_050", [2, 3, 4]), signed=("mobilenetv3_small_100", None), one=("resnet18", [2]))
-VARIANTS = {n: (n, {}) for n in list_detectors()} | {"mddnet, class memory": ("mddnet", dict(memory="class", prototypes=4, fusion="sum")), "mddnet, cluster": ("mddnet", dict(memory="cluster", prototypes=4, decoder="light")),
-                                                     "patchcore, class": ("patchcore", dict(coreset_scope="class", coreset_ratio=.1)),
-                                                     "dmad, no labels": ("dmad", {}), "bgad, no labels": ("bgad", {}), "dmad, normal bank": ("dmad", dict(bank="normal", knowledge="distance"))}
+PYRAMIDS = dict(
+    small=("resnet18", [1, 2]),
+    coarse=("mobilenetv3_small_050", [2, 3, 4]),
+    signed=("mobilenetv3_small_100", None),
+    one=("resnet18", [2]),
+)
+VARIANTS = {name: (name, {}) for name in list_detectors()} | {
+    "mddnet, class memory": ("mddnet", dict(memory="class", prototypes=4, fusion="sum")),
+    "mddnet, cluster": ("mddnet", dict(memory="cluster", prototypes=4, decoder="light")),
+    "patchcore, class": ("patchcore", dict(coreset_scope="class", coreset_ratio=.1)),
+    "dmad, no labels": ("dmad", {}),
+    "bgad, no labels": ("bgad", {}),
+    "dmad, normal bank": ("dmad", dict(bank="normal", knowledge="distance")),
+}
+NEEDS = {"image", "pairs", "cls", "labelled", "textures"}
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_pyramid = pytest.mark.parametrize("on", PYRAMIDS)
+every_detector = pytest.mark.parametrize("name", list_detectors())
 
 @cache
-def pyramid(key="small"): return Backbone(PYRAMIDS[key][0], "random", PYRAMIDS[key][1])
+def pyramid(key="small"):
+    name, layers = PYRAMIDS[key]
+    return Backbone(name, "random", layers)
 
-every_variant, every_pyramid = pytest.mark.parametrize("variant", VARIANTS), pytest.mark.parametrize("on", PYRAMIDS)
+def learns_from_labels(variant): return not variant.endswith("no labels")
+
+# ---- a small dataset: images, masks, batches
+
+def seeded(seed): return torch.Generator().manual_seed(seed)
 
 def images(n, seed=0, cls=0):
-    "Stripes of a class of its own angle."
-    g = torch.Generator().manual_seed(seed)
+    "n images [n, 3, 64, 64] of stripes; each class has its own angle."
+    generator, angle = seeded(seed), torch.tensor(.7*cls)
     y, x = torch.meshgrid(torch.arange(64.), torch.arange(64.), indexing="ij")
-    angle = torch.tensor(.7*cls)
-    waves = torch.stack([torch.sin(.5*(x*angle.cos() + y*angle.sin()) + 6.28*torch.rand(1, generator=g)) for _ in range(n)])
-    return (.5 + .3*waves[:, None] + .05*torch.randn(n, 3, 64, 64, generator=g)).clamp(0, 1)
+    along = .5*(x*angle.cos() + y*angle.sin())
+    waves = torch.stack([torch.sin(along + 6.28*torch.rand(1, generator=generator)) for _ in range(n)])
+    noise = .05*torch.randn(n, 3, 64, 64, generator=generator)
+    return (.5 + .3*waves[:, None] + noise).clamp(0, 1)
 
-def batches_of(backbone, needs, labels=(0, 0, 0, 0, 1, 1, 1, 1), anomalies=True):
-    "Two batches of eight images of two classes, with what `needs` asks and nothing else."
-    made = []
-    for seed in range(2):
-        clean = torch.cat([images(4, seed, 0), images(4, seed + 10, 1)]); abnormal = clean.clone(); abnormal[:, :, 20:40, 24:44] = .5
-        mask = torch.zeros(8, 64, 64, dtype=torch.bool); mask[:, 20:40, 24:44] = True
-        b = dict(features=backbone(clean), index=torch.arange(8*seed, 8*seed + 8), path=[f"{seed}{i}.png" for i in range(8)])
-        if "pairs" in needs: b |= dict(image=clean, abnormal=abnormal, features_abnormal=backbone(abnormal), mask=mask)
-        if "cls" in needs: b["cls"] = torch.tensor(labels)
-        if "labelled" in needs and anomalies: b["labelled"] = anomalies_of(backbone)
-        made.append(b)
-    return made
-
-def anomalies_of(backbone):
+def labelled_batch(backbone):
     "Three labelled anomalies; the mask of the third is a single pixel."
-    x, mask = images(3, 20, 0), torch.zeros(3, 64, 64); x[:, :, 20:40, 24:44] = .5; mask[:2, 20:40, 24:44] = 1; mask[2, 30, 30] = .6
-    return dict(features=backbone(x), index=torch.arange(3), path=[f"bad{i}.png" for i in range(3)], mask=mask)
+    x, mask = images(3, seed=20), torch.zeros(3, 64, 64)
+    x[:, :, 20:40, 24:44] = .5
+    mask[:2, 20:40, 24:44] = 1
+    mask[2, 30, 30] = .6
+    path = [f"bad{i}.png" for i in range(3)]
+    return dict(features=backbone(x), index=torch.arange(3), path=path, mask=mask)
 
-def hooked(backbone, needs, anomalies=True):
+def texture_batch(backbone):
+    x = torch.rand(6, 3, 64, 64, generator=seeded(5))
+    path = [f"texture {i}" for i in range(6)]
+    return dict(features=backbone(x), index=torch.arange(6), path=path, texture=True)
+
+def training_batch(backbone, needs, number, anomalies=True):
+    "Eight images of two classes, with what `needs` asks and nothing else."
+    clean = torch.cat([images(4, number, cls=0), images(4, number + 10, cls=1)])
+    batch = dict(features=backbone(clean), index=torch.arange(8*number, 8*number + 8))
+    batch["path"] = [f"{number}{i}.png" for i in range(8)]
+    if "pairs" in needs:
+        abnormal, mask = clean.clone(), torch.zeros(8, 64, 64, dtype=torch.bool)
+        abnormal[:, :, 20:40, 24:44] = .5
+        mask[:, 20:40, 24:44] = True
+        batch |= dict(image=clean, abnormal=abnormal, features_abnormal=backbone(abnormal), mask=mask)
+    if "cls" in needs: batch["cls"] = torch.arange(2).repeat_interleave(4)
+    if "labelled" in needs and anomalies: batch["labelled"] = labelled_batch(backbone)
+    return batch
+
+def training_batches(backbone, needs, anomalies=True):
+    return [training_batch(backbone, needs, number, anomalies) for number in range(2)]
+
+def hook_batches(backbone, needs, anomalies=True):
     "What the hooks see: normal images, then labelled anomalies and textures for those who ask."
-    made = batches_of(backbone, needs, anomalies=anomalies)
-    if "labelled" in needs and anomalies: made.append(anomalies_of(backbone))
-    if "textures" in needs: made.append(dict(features=backbone(torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(5))), index=torch.arange(6), path=[f"texture {i}" for i in range(6)], texture=True))
-    return made
+    batches = training_batches(backbone, needs, anomalies)
+    if "labelled" in needs and anomalies: batches.append(labelled_batch(backbone))
+    if "textures" in needs: batches.append(texture_batch(backbone))
+    return batches
+
+# ---- training
 
 @cache
 def trained(variant, on="small", seed=0, copy=0):
-    "A detector after the whole line: prepare, two epochs of two steps with their hooks, finish. `copy` asks for another one, made alike."
-    (name, options), backbone, epochs = VARIANTS[variant], pyramid(on), 2
+    """A detector after its whole training: prepare, two epochs of two steps with their hooks, finish.
+    `copy` asks for another one, made alike."""
+    (name, options), backbone, anomalies = VARIANTS[variant], pyramid(on), learns_from_labels(variant)
     seed_all(seed)
-    d = create_detector(name, backbone, classes=2, **options)
-    anomalies, recipe = not variant.endswith("no labels"), d.recipe
-    batches = batches_of(backbone, d.needs, anomalies=anomalies)
-    def hook(f, *args):
-        d.eval()
-        with torch.no_grad(): f(*args, hooked(backbone, d.needs, anomalies))
-    hook(d.prepare)
+    detector = create_detector(name, backbone, classes=2, **options)
+    batches = training_batches(backbone, detector.needs, anomalies)
+    def call_hook(hook, *args):
+        detector.eval()
+        with torch.no_grad(): hook(*args, hook_batches(backbone, detector.needs, anomalies))
+    call_hook(detector.prepare)
+    recipe = detector.recipe
     if recipe.epochs:
-        optimizer = make_optimizer(d, recipe)
-        for epoch in range(epochs):
-            seed_all(seed, epoch + 1); d.train()
-            for i, b in enumerate(batches): train_step(d, b, optimizer, recipe, "float32", epoch, i)
-            hook(d.on_epoch, epoch)
-    hook(d.finish)
-    return d.eval()
+        optimizer = make_optimizer(detector, recipe)
+        for epoch in range(2):
+            seed_all(seed, epoch + 1)
+            detector.train()
+            for step, batch in enumerate(batches):
+                train_step(detector, batch, optimizer, recipe, "float32", epoch, step)
+            call_hook(detector.on_epoch, epoch)
+    call_hook(detector.finish)
+    return detector.eval()
 
-def same(a, b): return a.state_dict().keys() == b.state_dict().keys() and all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+def same_prediction(p, q):
+    same_scores = q.score is None if p.score is None else torch.equal(p.score, q.score)
+    return torch.equal(p.map, q.map) and same_scores
+
+# ---- what every detector must do
 
 @every_pyramid
 @every_variant
 def test_the_contract(variant, on):
-    before, d = hash_weights(pyramid(on)), trained(variant, on)
-    x = torch.cat([images(2, 5, 0), images(2, 6, 1)])
-    with torch.no_grad(): p, again, single = d(x), d(x), [d(i[None]) for i in x]
-    assert p.map.shape == (4, 64, 64) and p.map.dtype == torch.float32 and torch.isfinite(p.map).all()
+    backbone, detector = pyramid(on), trained(variant, on)
+    before = hash_weights(backbone)
+    x = torch.cat([images(2, 5, cls=0), images(2, 6, cls=1)])
+    with torch.no_grad():
+        p, q = detector(x), detector(x)
+        alone = torch.cat([detector(image[None]).map for image in x])
+    assert p.map.shape == (4, 64, 64) and p.map.dtype == torch.float32
+    assert torch.isfinite(p.map).all()
     assert p.score is None or (p.score.shape == (4,) and torch.isfinite(p.score).all())
-    assert all(len(v) == 4 for v in p.extra.values())
-    assert torch.equal(p.map, again.map) and (p.score is None or torch.equal(p.score, again.score))                         # nothing is drawn at test
-    torch.testing.assert_close(torch.cat([s.map for s in single]), p.map, atol=2e-2*p.map.abs().max().item(), rtol=2e-2)     # one image alone; features are rounded to half precision
-    assert hash_weights(pyramid(on)) == before and not any(q.requires_grad or q.grad is not None for q in pyramid(on).parameters())
-    assert not any(k.startswith("backbone") for k in d.state_dict())
+    assert all(len(values) == 4 for values in p.extra.values())
+    assert same_prediction(p, q)                               # nothing is drawn at test
+    tolerance = 2e-2*p.map.abs().max().item()                  # features are rounded to half precision
+    torch.testing.assert_close(alone, p.map, atol=tolerance, rtol=2e-2)
+    assert hash_weights(backbone) == before
+    assert not any(w.requires_grad or w.grad is not None for w in backbone.parameters())
+    assert not any(name.startswith("backbone") for name in detector.state_dict())
 
 @every_variant
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(variant):
-    assert same(trained(variant), trained(variant, copy=1))
-    assert same(trained(variant), trained(variant, seed=1)) == variant.startswith("patchcore")     # 192 numbers per patch are not projected: nothing is drawn
+    assert same_weights(trained(variant), trained(variant, copy=1))
+    draws_nothing = variant.startswith("patchcore")            # 192 numbers per patch are not projected
+    assert same_weights(trained(variant), trained(variant, seed=1)) == draws_nothing
 
 @every_pyramid
 @every_variant
 def test_gradients_only_where_they_belong(variant, on):
-    "All that is given to the optimizer gets a gradient, all that could get one is given to it, once; the backbone gets none."
-    d = deepcopy(trained(variant, on)).train()
-    if not d.recipe.epochs: assert not list(d.parameters()); return
-    b = batches_of(pyramid(on), d.needs, anomalies=not variant.endswith("no labels"))[0]
-    for q in d.parameters(): q.grad = None
-    sum(d.losses(b).values()).backward()
-    given = [q for g in d.param_groups() for q in g["params"]]
-    assert len(given) == len({id(q) for q in given}) and {id(q) for q in given} == {id(q) for q in d.parameters() if q.requires_grad}
-    assert [n for n, q in d.named_parameters() if q.grad is None] == []
-    assert not any(q.grad is not None for q in pyramid(on).parameters())
+    "The optimizer gets each weight that can have a gradient, once, and each has one; the backbone has none."
+    detector = deepcopy(trained(variant, on)).train()
+    if not detector.recipe.epochs:
+        assert not list(detector.parameters())
+        return
+    batch = training_batch(pyramid(on), detector.needs, 0, learns_from_labels(variant))
+    for w in detector.parameters(): w.grad = None
+    sum(detector.losses(batch).values()).backward()
+    given = [id(w) for group in detector.param_groups() for w in group["params"]]
+    assert len(given) == len(set(given))
+    assert set(given) == {id(w) for w in detector.parameters() if w.requires_grad}
+    assert [name for name, w in detector.named_parameters() if w.grad is None] == []
+    assert not any(w.grad is not None for w in pyramid(on).parameters())
 
 @every_variant
 def test_no_label_is_read_unless_asked_for(variant):
     "Batches have no `cls` but for those who ask; the prediction is given features alone."
-    d, options = trained(variant), VARIANTS[variant][1]
-    assert ("cls" in d.needs) == ("class" in (options.get("memory"), options.get("coreset_scope"))) and d.needs <= {"image", "pairs", "cls", "labelled", "textures"}
-    assert list(inspect.signature(d.predict).parameters) == ["features", "size"]
+    detector, options = trained(variant), VARIANTS[variant][1]
+    assert ("cls" in detector.needs) == ("class" in (options.get("memory"), options.get("coreset_scope")))
+    assert detector.needs <= NEEDS
+    assert list(inspect.signature(detector.predict).parameters) == ["features", "size"]
 
 @every_variant
 def test_an_image_of_an_unseen_class_gets_a_map(variant):
-    with torch.no_grad(): p = trained(variant)(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(9)))
-    assert p.map.shape == (1, 64, 64) and torch.isfinite(p.map).all() and p.map.std() > 0
+    x = torch.rand(1, 3, 64, 64, generator=seeded(9))
+    with torch.no_grad(): p = trained(variant)(x)
+    assert p.map.shape == (1, 64, 64)
+    assert torch.isfinite(p.map).all() and p.map.std() > 0
 
 @every_variant
 def test_a_change_is_seen_where_it_is(variant):
-    x = images(1, 5); y = x.clone(); y[:, :, 20:36, 20:36] = 1
-    with torch.no_grad(): change = (trained(variant)(y).map - trained(variant)(x).map).abs()[0]
+    detector, x = trained(variant), images(1, 5)
+    changed = x.clone()
+    changed[:, :, 20:36, 20:36] = 1
+    with torch.no_grad(): change = (detector(changed).map - detector(x).map).abs()[0]
     assert change[20:36, 20:36].mean() > change[48:, 48:].mean()
 
 @every_variant
 def test_save_and_load_give_the_same_maps(variant, tmp_path):
     "Into a detector that was never prepared, through a file."
-    d, (name, options) = trained(variant), VARIANTS[variant]
-    save_file({k: v.contiguous() for k, v in d.state_dict().items()}, tmp_path/"m.safetensors")
-    torch.manual_seed(7); fresh = create_detector(name, pyramid(), classes=2, **options); fresh.load_state_dict(load_file(tmp_path/"m.safetensors")); fresh.eval()
+    detector, (name, options) = trained(variant), VARIANTS[variant]
+    file = tmp_path/"m.safetensors"
+    save_file({k: v.contiguous() for k, v in detector.state_dict().items()}, file)
+    torch.manual_seed(7)
+    fresh = create_detector(name, pyramid(), classes=2, **options)
+    fresh.load_state_dict(load_file(file))
+    fresh.eval()
     x = images(3, 5)
-    with torch.no_grad(): p, q = d(x), fresh(x)
-    assert torch.equal(p.map, q.map) and (p.score is None or torch.equal(p.score, q.score))
-    assert all(torch.equal(torch.as_tensor(p.extra[k]), torch.as_tensor(q.extra[k])) for k in p.extra)
+    with torch.no_grad(): p, q = detector(x), fresh(x)
+    assert same_prediction(p, q)
+    assert all(torch.equal(torch.as_tensor(p.extra[key]), torch.as_tensor(q.extra[key])) for key in p.extra)
 
-@pytest.mark.parametrize("name", list_detectors())
-def test_options_are_checked(name):
-    "Unknown ones are named with their neighbours; words and numbers out of range are refused before anything is computed."
-    with pytest.raises(SpecError, match="unknown option"): create_detector(name, pyramid(), no_such_option=1)
-    words = detector_class(name).words
-    for option, default in known_options(name).items():
-        bad = ["no such word"] if option in words or isinstance(default, str) else [-1, "three", float("nan")]
-        for value in bad:
-            with pytest.raises(SpecError, match=option if option != "textures" else "texture"): create_detector(name, pyramid(), classes=2, **_enabling(name, option) | {option: value})
+# ---- options
 
-def _enabling(name, option):
+def wrong_values(declared):
+    "Values that an option must refuse."
+    return ["no such word"] if declared.choices or declared.type is str else [-1, "three", float("nan")]
+
+def enabling(name, option):
     "Other options with which this one has a meaning."
-    return dict(memory="cluster") if name == "mddnet" and option in ("groups", "prototypes", "read", "memory_at") else {}
+    of_memory = ("groups", "prototypes", "read", "memory_at")
+    return dict(memory="cluster") if name == "mddnet" and option in of_memory else {}
 
-@pytest.mark.parametrize("name", list_detectors())
+@every_detector
+def test_options_are_checked(name):
+    "Unknown words and numbers out of range are refused at once, with a message that names the option."
+    for option, declared in declared_options(detector_class(name)).items():
+        for value in wrong_values(declared):
+            options = enabling(name, option) | {option: value}
+            named = "texture" if option == "textures" else option
+            with pytest.raises(SpecError, match=named): create_detector(name, pyramid(), classes=2, **options)
+
+@every_detector
+def test_an_unknown_option_is_refused(name):
+    with pytest.raises(SpecError, match="unknown option"): create_detector(name, pyramid(), no_such_option=1)
+
+@every_detector
 def test_it_is_built_without_memory_for_a_check(name):
     "A run checks its options on the meta device, where nothing is allocated."
-    with torch.device("meta"): d = create_detector(name, pyramid(), classes=2)
-    assert all(v.is_meta for v in d.state_dict().values())
+    with torch.device("meta"): detector = create_detector(name, pyramid(), classes=2)
+    assert all(tensor.is_meta for tensor in detector.state_dict().values())

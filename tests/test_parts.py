@@ -49,7 +49,7 @@ def test_mddnet_options(options):
     mask = torch.zeros(2, 64, 64, dtype=torch.bool)
     batch = dict(features=features, features_abnormal=features, mask=mask, cls=torch.tensor([0, 1]))
     terms = detector.losses(batch)
-    assert ("class" in terms) == (detector.bank is not None)
+    assert ("class" in terms) == (detector.network.memory is not None)
     assert ("dist" in terms) == (options.get("dist_weight") != 0)
     assert ("cls" in detector.needs) == (options.get("memory") == "class")
     with torch.no_grad():

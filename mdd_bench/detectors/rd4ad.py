@@ -18,11 +18,15 @@ class RD4AD(Detector):
 
     def __init__(self, backbone, classes=1, **options):
         super().__init__(backbone, classes, **options)
-        self.bottleneck, self.decoder = Bottleneck(backbone), Decoder(backbone)
+        self.bottleneck = Bottleneck(backbone)
+        self.decoder = Decoder(backbone)
 
     def losses(self, batch):
-        return dict(distillation=cosine_loss(self.decoder(self.bottleneck(batch["features"])), batch["features"]))
+        teacher = batch["features"]
+        student = self.decoder(self.bottleneck(teacher))
+        return dict(distillation=cosine_loss(student, teacher))
 
     def predict(self, features, size):
-        rebuilt = self.decoder(self.bottleneck(features))
-        return Prediction(fuse_levels([discrepancy(t, s) for t, s in zip(features, rebuilt)], size))
+        student = self.decoder(self.bottleneck(features))
+        maps = [discrepancy(t, s) for t, s in zip(features, student)]
+        return Prediction(fuse_levels(maps, size))
