@@ -13,7 +13,7 @@ def test_parameters_belong_to_the_study_and_are_typed():
     study = load_study("speed", maps="30", memory="20,40")
     assert study.specs() == []
     expected = dict(maps=30, size=256, repeats=5, threads=2, memory=[20, 40], seed=0)
-    assert study.parameters() | dict(seed=0) == expected
+    assert study.parameters | dict(seed=0) == expected
     with pytest.raises(SpecError, match="unknown parameter of the study speed 'mapps'. Did you mean 'maps'"):
         load_study("speed", mapps=3)
     with pytest.raises(SpecError, match="maps='many' does not fit"): load_study("speed", maps="many")
