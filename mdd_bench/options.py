@@ -126,9 +126,9 @@ def describe_range(
     "The numbers that an option allows, in words."
     noun = "whole number" if declared.type is int else "number"
     least, most = declared.least, declared.most
-    if least is not None and most is not None: return f"a {noun} from {least:g} to {most:g}"
-    if least is not None: return f"a {noun} of at least {least:g}"
-    return f"a {noun}" if most is None else f"a {noun} of at most {most:g}"
+    if least is not None and most is not None: return f"a {noun} from {least:.10g} to {most:.10g}"
+    if least is not None: return f"a {noun} of at least {least:.10g}"
+    return f"a {noun}" if most is None else f"a {noun} of at most {most:.10g}"
 
 def typed_value(
     declared: Option,
