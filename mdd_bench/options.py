@@ -19,7 +19,7 @@ NAMED_VALUES = {"true": True, "false": False, "none": None, "null": None, "": No
 def parse_value(
     text,  # text, or a value of any type
 ):         # a number, True, False, None, a list, or the text itself
-    "The Python value that a text means; what is no text is returned as it is."
+    "The Python value that a text means; a value that is not text is returned as it is."
     if not isinstance(text, str): return text
     word = text.strip().lower()
     if word in NAMED_VALUES: return NAMED_VALUES[word]
@@ -28,19 +28,19 @@ def parse_value(
 
 # %% ../nbs/00a_options.ipynb #b99de5f2
 def as_int(value) -> int:
-    "A whole number from 3, '3' or 3.0; raises `ValueError` for anything else."
+    "A whole number from 3, '3' or 3.0; raises `ValueError` or `TypeError` for anything else."
     value = parse_value(value)
     if isinstance(value, bool) or int(value) != float(value): raise ValueError(value)
     return int(value)
 
 def as_float(value) -> float:
-    "A number from .5, '.5' or 1; raises `ValueError` for anything else."
+    "A number from .5, '.5' or 1; raises `ValueError` or `TypeError` for anything else."
     value = parse_value(value)
     if isinstance(value, bool): raise ValueError(value)
     return float(value)
 
 def as_bool(value) -> bool:
-    "True or False from themselves or their names; raises `KeyError` for anything else."
+    "True or False from themselves, their names, 1 or 0; raises `KeyError` for any other value."
     return {True: True, False: False}[parse_value(value)]
 
 # %% ../nbs/00a_options.ipynb #5130bae4
@@ -56,17 +56,18 @@ def as_list(
 def as_dict(
     value,  # {name: value}, 'a=1,b=x', or None
 ) -> dict:
-    "A dictionary whose values are parsed."
-    if isinstance(value, str): value = dict(pair.split("=", 1) for pair in value.split(",") if pair.strip())
+    "A dictionary whose values are parsed; raises `ValueError` for text without '='."
+    if isinstance(value, str):
+        value = dict(pair.split("=", 1) for pair in value.split(",") if pair.strip())
     return {str(name).strip(): parse_value(v) for name, v in (value or {}).items()}
 
 # %% ../nbs/00a_options.ipynb #cc8cf0ef
 CONVERTERS = {str: str, int: as_int, float: as_float, bool: as_bool, dict: as_dict}
 
 def without_none(
-    annotation,      # a type, or a union with None
-) -> tuple:          # (the type without None, whether None is allowed)
-    "Take `None` out of an annotation."
+    annotation,  # a type, or a union with None; of several types the first counts
+) -> tuple:      # (the type without None, whether None is allowed)
+    "An annotation without its `None`, and whether it had one."
     if not isinstance(annotation, types.UnionType): return annotation, False
     members = [a for a in get_args(annotation) if a is not types.NoneType]
     return members[0], len(members) < len(get_args(annotation))
@@ -74,15 +75,16 @@ def without_none(
 def converter(
     annotation,  # a type: int, list[str], ...
 ):               # a function of one value
-    "What turns a value, or its text, into this type."
+    "The function that turns a value, or its text, into this type."
     if get_origin(annotation) is not list: return CONVERTERS[annotation]
     item = CONVERTERS[get_args(annotation)[0]]
     return lambda value: as_list(value, item)
 
 # %% ../nbs/00a_options.ipynb #32d45b39
 class Option:
-    "One declared value. As a class attribute it learns its name and its type from the class (`option`)."
-    def __init__(self, default, help, choices, least, most, check, convert, forced, test_only, group, identity):
+    "A declared option, made by `option`. As a class attribute it takes its name and type from the class."
+    def __init__(self, default, help,
+                 choices, least, most, check, convert, forced, test_only, group, identity):   # see `option`
         self.default, self.help = default, help
         self.choices, self.least, self.most = choices, least, most
         self.check, self.own_convert = check, convert
@@ -103,50 +105,51 @@ def option(
     default,                       # the documented default
     help: str = "",                # what it does, a short phrase
     *,
-    choices: tuple | None = None,  # the only values there are
+    choices: tuple | None = None,  # the only allowed values
     least: float | None = None,    # smallest allowed number
     most: float | None = None,     # largest allowed number
     check=None,                    # a function of the value that raises `SpecError` for an impossible one
     convert=None,                  # a converter, where the type is not enough
     forced: dict | None = None,    # {"other=value" or "other!=value": the only value that this leaves}
-    test_only: bool = False,       # True: only a test reads it, the trained weights do not depend on it
-    group: str = "",               # under which heading `--help` lists it
-    identity: bool = True,         # False: it decides no number
-) -> Any:
+    test_only: bool = False,       # True: only the test reads it, the trained weights do not depend on it
+    group: str = "",               # the heading under which `--help` lists it
+    identity: bool = True,         # False: it is no part of a run's identity
+) -> Any:                          # an `Option`; Any, so that `neighbours: int = option(5)` can be written
     "Declare an option: `neighbours: int = option(5, least=1, help='rows that attention mixes')`."
-    return Option(default, help, choices, least, most, check, convert, forced or {}, test_only, group, identity)
+    forced = forced or {}
+    return Option(default, help, choices, least, most, check, convert, forced, test_only, group, identity)
 
 # %% ../nbs/00a_options.ipynb #a695ffc4
 def describe_range(
     declared: Option,
 ) -> str:
-    "What numbers an option allows, in words."
+    "The numbers that an option allows, in words."
     noun = "whole number" if declared.type is int else "number"
     least, most = declared.least, declared.most
-    if least is not None and most is not None: return f"a {noun} from {least:g} to {most:g}"
-    if least is not None: return f"a {noun} of at least {least:g}"
-    return f"a {noun}" if most is None else f"a {noun} of at most {most:g}"
+    if least is not None and most is not None: return f"a {noun} from {least:.10g} to {most:.10g}"
+    if least is not None: return f"a {noun} of at least {least:.10g}"
+    return f"a {noun}" if most is None else f"a {noun} of at most {most:.10g}"
 
 def typed_value(
     declared: Option,
     value,  # not None
 ):
-    "The value with the option's type; raises `SpecError` where it has none."
+    "The value converted to the option's type; raises `SpecError` where that is impossible."
     convert = declared.own_convert or converter(declared.type)
     try: return convert(value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         wanted = describe_range(declared) if declared.type in (int, float) else str(declared.type)
         raise SpecError(f"{declared.name}={value!r}", f"give {wanted}: {declared.help}") from None
 
-# %% ../nbs/00a_options.ipynb #2d368474
+# %% ../nbs/00a_options.ipynb #efba4f15
 def checked_value(
     declared: Option,
     value,  # of any type, or text
 ):
-    "The value with the option's type, if the declaration allows it; raises `SpecError` otherwise."
+    "The value in the option's type, if the declaration allows it; raises `SpecError` otherwise."
     name, choices = declared.name, declared.choices
     if value is None or (isinstance(value, str) and declared.optional and parse_value(value) is None):
-        if choices and "none" in choices: return "none"     # text and YAML write the word none for None
+        if choices and "none" in choices: return "none"     # YAML reads this word as None
         if declared.optional: return None
         if choices: raise unknown(name, value, choices)
         raise SpecError(f"{name}=None", f"give a value, for example {declared.default!r}, or leave it out")
@@ -165,32 +168,35 @@ def declared_options(
     cls: type,
 ) -> dict[str, Option]:
     "All options that a class and its parents declare, by name."
-    return {name: o for base in reversed(cls.__mro__) for name, o in vars(base).items() if isinstance(o, Option)}
+    attributes = {}
+    for base in reversed(cls.__mro__): attributes |= vars(base)
+    return {name: o for name, o in attributes.items() if isinstance(o, Option)}
 
 def holds(
     condition: str,  # "name=value" or "name!=value"
-    values: dict,    # the options declared above
+    values: dict,    # of the options declared above
 ) -> bool:
-    "Whether a condition of `forced` holds."
+    "Whether a condition of `forced` holds; raises `SpecError` where it names no option declared above."
     name, wanted = condition.replace("!=", "=").split("=")
-    if name not in values: raise SpecError(f"forced={condition!r}", f"declare {name} above the option that depends on it")
+    if name not in values:
+        raise SpecError(f"forced={condition!r}", f"declare {name} above the option that depends on it")
     same = ("none" if values[name] is None else str(values[name])) == wanted
     return same != ("!=" in condition)
 
 def forcing_condition(
     declared: Option,
-    values: dict,   # the options declared above it
-) -> str | None:    # the condition that leaves the option one value, if there is one
-    "The first condition of `forced` that holds."
+    values: dict,   # of the options declared above it
+) -> str | None:
+    "The first condition of `forced` that holds, or None where the option is free."
     return next((c for c in declared.forced if holds(c, values)), None)
 
 # %% ../nbs/00a_options.ipynb #fd22c3bb
 def complete_options(
     owner: str,                   # whose options they are, for messages
-    declared: dict[str, Option],  # all of them
-    given: dict,                  # those that were set
+    declared: dict[str, Option],  # all of them, by name
+    given: dict,                  # the values of those that were set
 ) -> dict:
-    "Every option with its value, checked; raises `SpecError` for an unknown name, an impossible value or combination."
+    "The checked value of every option; raises `SpecError` for an unknown name, value or combination."
     for name in given:
         if name not in declared: raise unknown(f"option of {owner}", name, declared)
     complete = {}
@@ -200,31 +206,32 @@ def complete_options(
         if condition is None:
             complete[name] = checked_value(o, value)
             continue
-        complete[name] = only = o.forced[condition]
+        only = complete[name] = o.forced[condition]
         if name in given and value != only and (value is None or checked_value(o, value) != only):
-            remedy = f"leave {name} out" + (f", or give {only!r}" if only is not None else "")
+            remedy = f"leave {name} out" if only is None else f"leave {name} out, or give {only!r}"
             raise SpecError(f"{name}={value!r} cannot be with {condition}", remedy)
     return complete
 
 # %% ../nbs/00a_options.ipynb #511174d7
 def chosen_options(
     declared: dict[str, Option],
-    complete: dict,                # of `complete_options`
-    training: bool = False,        # True: without the options that only a test reads
+    complete: dict,                # the result of `complete_options`
+    training: bool = False,        # True: without the options that only the test reads
 ) -> dict:
-    "The options that were a choice and stand away from their default."
+    "The options that could be chosen and stand away from their default."
     chosen = {}
     for name, o in declared.items():
+        left_out = training and o.test_only
         free = forcing_condition(o, complete) is None
-        if free and complete[name] != o.default and not (training and o.test_only): chosen[name] = complete[name]
+        if free and complete[name] != o.default and not left_out: chosen[name] = complete[name]
     return chosen
 
 # %% ../nbs/00a_options.ipynb #88ea2e65
 def describe_values(
     declared: Option,
 ) -> str:
-    "What an option may be, in words: its choices, its range, or its type."
-    if declared.choices: words = " | ".join(map(str, declared.choices))
-    elif declared.type in (int, float): words = describe_range(declared)
-    else: words = getattr(declared.type, "__name__", str(declared.type))
-    return f"{words}, or none" if declared.optional else words
+    "The values that an option allows, in words: its choices, its range, or its type."
+    if declared.choices: description = " | ".join(map(str, declared.choices))
+    elif declared.type in (int, float): description = describe_range(declared)
+    else: description = getattr(declared.type, "__name__", str(declared.type))
+    return f"{description}, or none" if declared.optional else description

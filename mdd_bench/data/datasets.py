@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from .catalog import Catalog, read_catalog, verify
 from .heldout import heldout
-from .splits import Split, draw, follow, read_manifest, set_aside
+from .splits import draw, follow, read_manifest, set_aside
 from .synthetic import embedded
 from ..errors import DataError, SpecError
 
@@ -20,7 +20,11 @@ HELDOUT = "heldout:"
 def dataset_folder(
     data: str,  # a dataset folder, embedded-v1..., or heldout:<one of these>
 ) -> Path:
-    "The folder that a name means, drawn on first use; raises `SpecError` for an unknown or nested name, `DataError` where `heldout` does."
+    """The folder that a name means; drawn data are drawn on first use.
+
+    Raises `SpecError` for an unknown or nested name, and `DataError` as `heldout` does. A user's folder is
+    returned whether it exists or not.
+    """
     data = str(data)
     if data.startswith("embedded-"): return embedded(data)
     if not data.startswith(HELDOUT): return Path(data).expanduser()
@@ -34,10 +38,10 @@ def dataset_folder(
 @dataclass(frozen=True)
 class Dataset:
     "A verified dataset, with the splits that a run asked for."
-    catalog: Catalog              # split is train, test, and where asked for labelled, held out, calibration
-    fingerprint: str              # of the content, 16 hex digits, whatever the splits
-    skipped: int = 0              # unreadable images that were left out
-    manifest: dict | None = None  # of the labelled anomalies, where any were drawn or held out
+    catalog: Catalog              # splits: train and test; on request labelled, held out, calibration
+    fingerprint: str              # 16 hex digits: a hash of the content, which does not depend on the splits
+    skipped: int = 0              # number of unreadable images that were left out
+    manifest: dict | None = None  # which anomalies were labelled or held out; None: none were asked for
 
     @property
     def classes(self) -> list[str]:
@@ -45,7 +49,7 @@ class Dataset:
         return self.catalog.classes
 
     def part(self, classes: list[str]) -> "Dataset":
-        "The same dataset with the images of some classes only."
+        "The same dataset with only the images of some classes."
         table = self.catalog.table
         rows = table[table.cls.isin(classes)].reset_index(drop=True)
         return replace(self, catalog=replace(self.catalog, table=rows))
@@ -56,7 +60,7 @@ def open_dataset(
     classes: list[str] | None = None,  # keep these only; None: all
     skip_broken: bool = False,         # leave unreadable images out instead of stopping
 ) -> Dataset:
-    "Read and verify a dataset; raises `DataError` naming what is wrong, such as a class without training or test images."
+    "The verified dataset; raises `DataError` for what is wrong with it, such as a class without test images."
     read = read_catalog(dataset_folder(data), classes)
     catalog, fingerprint = verify(read, skip_broken)
     for cls in read.classes:
@@ -64,24 +68,31 @@ def open_dataset(
             if cls not in catalog.classes or not len(catalog.part(cls=cls, split=split)):
                 problem = f"class {cls!r} of {data} has no {split} images"
                 raise DataError(problem, "add some, or leave the class out with --classes")
-    return Dataset(catalog, fingerprint, len(read.table) - len(catalog.table))
+    skipped = len(read.table) - len(catalog.table)
+    return Dataset(catalog, fingerprint, skipped)
 
 # %% ../../nbs/data/07_datasets.ipynb #c522f087
 def with_labels(
     dataset: Dataset,
-    manifest: str | None = None,              # a manifest file, instead of all that follows
-    scheme: str = "pooled",                   # which anomalies are labelled: one of SCHEMES
-    labelled: int = 0,                        # how many the scheme takes
-    seed: int = 0,                            # of the draw
-    hold_out: int | None = None,              # those of the study's largest arm leave the test; None: those of this draw
-    label_classes: list[str] | None = None,   # with scheme from_classes
-    at_most: bool = False,                    # a class with too few gives what it can
+    manifest: str | None = None,             # a manifest file; it replaces all that follows
+    scheme: str = "pooled",                  # how anomalies are chosen: one of `data.splits.SCHEMES`
+    labelled: int = 0,                       # how many the scheme takes
+    seed: int = 0,                           # of the draw
+    hold_out: int | None = None,             # how many leave the test: what a study's largest arm takes;
+                                             # None: what this draw takes
+    label_classes: list[str] | None = None,  # with scheme from_classes: the classes that are labelled
+    at_most: bool = False,                   # True: a class with fewer anomalies gives what it has
 ) -> Dataset:
-    "The dataset with its labelled and held-out anomalies; unchanged where none are asked for. Raises as `draw` and `follow` do."
-    if manifest: split = follow(dataset.catalog, read_manifest(manifest))
-    elif labelled or hold_out:
-        split = draw(dataset.catalog, scheme, labelled, seed, hold_out, label_classes if labelled else None, at_most)
-    else: return dataset
+    """The dataset with labelled and held-out anomalies marked; unchanged where none are asked for.
+
+    Raises `SpecError` and `DataError` as `draw` and `follow` do.
+    """
+    if not (manifest or labelled or hold_out): return dataset
+    if manifest:
+        split = follow(dataset.catalog, read_manifest(manifest))
+    else:
+        label_classes = label_classes if labelled else None
+        split = draw(dataset.catalog, scheme, labelled, seed, hold_out, label_classes, at_most)
     return replace(dataset, catalog=split.catalog, manifest=split.manifest)
 
 # %% ../../nbs/data/07_datasets.ipynb #059072d0
@@ -90,4 +101,5 @@ def with_calibration(
     share: float | None,  # of each class's training images, above 0 and below 1; None: no calibration images
 ) -> Dataset:
     "The dataset with some training images set aside; raises `SpecError` and `DataError` as `set_aside` does."
-    return dataset if share is None else replace(dataset, catalog=set_aside(dataset.catalog, share))
+    if share is None: return dataset
+    return replace(dataset, catalog=set_aside(dataset.catalog, share))

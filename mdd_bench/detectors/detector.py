@@ -23,23 +23,23 @@ from ..options import chosen_options, complete_options, declared_options, descri
 class Prediction:
     "What a detector returns for a batch of images."
     map: Tensor                  # [B, H, W] raw, unsmoothed, at the input's size; higher = more anomalous
-    score: Tensor | None = None  # [B] the method's own image score; None: the protocol derives it from the map
+    score: Tensor | None = None  # [B] the method's own image score; None: the protocol takes it from the map
     extra: dict = field(default_factory=dict)  # diagnostics, one value per image, e.g. the predicted group
 
 # %% ../../nbs/detectors/20_detector.ipynb #2ae187ad
 @dataclass(frozen=True)
 class Recipe:
     "A method's documented training and features: what a run uses where it sets nothing else."
-    epochs: int = 0
-    batch: int = 16
+    epochs: int = 0                       # passes over the training images; 0: there is nothing to train
+    batch: int = 16                       # images in a step
     optimizer: str = "adam"               # adam | adamw
-    lr: float = 1e-3
-    betas: tuple = (0.9, 0.999)
+    lr: float = 1e-3                      # learning rate
+    betas: tuple = (0.9, 0.999)           # of the optimizer
     weight_decay: float = 0.
     drops: tuple = ()                     # fractions of the training after which lr is multiplied by 0.1
     clip: float | None = None             # largest gradient norm
     backbone: str = "wide_resnet50_2"     # a timm model
-    strides: tuple = (4, 8, 16)           # of the feature levels
+    strides: tuple = (4, 8, 16)           # of the feature levels: pixels of the image for one position
 
 # %% ../../nbs/detectors/20_detector.ipynb #790b2111
 class TrainingHooks(nn.Module):
@@ -58,18 +58,18 @@ class TrainingHooks(nn.Module):
         "Called once, after training, with all clean batches."
 
     def facts(self) -> dict:
-        "What the record of a run should say about the trained model."
+        "What the record of a run should say about the trained model, as plain values."
         return {}
 
 # %% ../../nbs/detectors/20_detector.ipynb #957e7054
 class Detector(TrainingHooks):
-    "A method: frozen features in, anomaly map out. Subclasses declare options, and write `losses` and `predict`."
+    "A method: features in, anomaly map out. Subclasses declare options and write `losses` and `predict`."
     name = "detector"         # set by `register`
     revision = 1              # raised whenever the method's numbers, or the meaning of a default, change
-    recipe = Recipe()
+    recipe = Recipe()         # its documented training and features
     needs = frozenset()       # "image", "pairs", "cls", "labelled", "textures"
     defects = None            # with "pairs" and "textures": keywords of mdd_bench.data.defects.Defects
-    verified = None           # the published numbers that ours were found to agree with, if they were compared
+    verified = None           # the published numbers that ours were found to agree with; None: not compared
 
     def __init__(self,
         backbone,             # a frozen Backbone
@@ -121,7 +121,7 @@ def register(
     return add
 
 def import_own():
-    "Import every module of `mdd_bench.detectors`: each registers its method."
+    "Import every module of `mdd_bench.detectors`, so that each registers its method."
     import mdd_bench.detectors as package
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
@@ -130,29 +130,31 @@ def import_own():
 GROUP = "mdd_bench.detectors"    # of the entry points
 
 def load_entry_point(name: str) -> type | None:
-    "The detector that an installed package offers under `name`, or None; raises `SpecError` when it cannot be imported."
+    "The detector that a package offers under `name`, or None; raises `SpecError` for a broken one."
     for entry in entry_points(group=GROUP, name=name):
         try: cls = entry.load()
         except Exception as e:
-            problem = f"the detector {name!r} of the package {entry.dist.name} cannot be imported ({type(e).__name__}: {e})"
-            raise SpecError(problem, "update or uninstall that package") from e
+            problem = f"the detector {name!r} of the package {entry.dist.name} cannot be imported"
+            raise SpecError(f"{problem} ({type(e).__name__}: {e})", "update or uninstall that package") from e
         return register(name)(cls)
+    return None
 
 def load_file(
     path: Path,  # a Python file
     name: str,   # of the class in it
 ) -> type:
-    "The detector class of a file; raises `SpecError` when there is none. Its `source` is a hash of the file."
+    "The detector class in a file; raises `SpecError` when there is none. Its `source` is the file's hash."
     if not path.is_file(): raise SpecError(f"no file {path}", "write --detector path/to/file.py:ClassName")
     source = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    loader = importlib.util.spec_from_file_location(f"mdd_bench_file_{source}", path)
-    module = importlib.util.module_from_spec(loader)
-    try: loader.loader.exec_module(module)
+    module_spec = importlib.util.spec_from_file_location(f"mdd_bench_file_{source}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try: module_spec.loader.exec_module(module)
     except Exception as e:
         raise SpecError(f"{path} cannot be imported ({type(e).__name__}: {e})", "mend the file") from e
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and issubclass(cls, Detector)):
-        raise SpecError(f"{path} has no Detector {name!r}", "name a class that inherits from mdd_bench's Detector")
+        remedy = "name a class that inherits from mdd_bench's Detector"
+        raise SpecError(f"{path} has no Detector {name!r}", remedy)
     cls.name, cls.source = f"{path}:{name}", source
     return cls
 
@@ -162,7 +164,7 @@ _files = {}    # what was loaded from files: {(path, time of the last change, cl
 def detector_class(
     name: str,  # a registered name, an entry point, or path/to/file.py:Class
 ) -> type:
-    "The class of a detector; raises `SpecError` for an unknown name or a file without it."
+    "The class of a detector; raises `SpecError` for an unknown name, or a file that does not have it."
     file, _, cls = name.rpartition(":")
     if file.endswith(".py"):
         path = Path(file).expanduser()
@@ -178,7 +180,7 @@ def list_detectors(
     pattern: str = "*",         # shell-style, as in timm
     needs: str | None = None,   # only those that need this, e.g. "labelled"
 ) -> list[str]:
-    "Names of the known detectors that match."
+    "The names of the known detectors that match, sorted."
     import_own()
     names = {*_registry, *(entry.name for entry in entry_points(group=GROUP))}
     names = sorted(n for n in names if fnmatch(n, pattern))
@@ -189,13 +191,13 @@ def full_options(
     name: str,      # of the detector
     options: dict,  # what was set
 ) -> dict:
-    "All options of a detector with their values; raises `SpecError` for an unknown one, or what cannot be."
+    "All options of a detector with their values; raises `SpecError` for an unknown or impossible one."
     return complete_options(name, declared_options(detector_class(name)), options)
 
 def deciding_options(
-    name: str,              # of the detector
-    options: dict,          # all of them
-    training: bool = False, # True: only those that decide the trained weights
+    name: str,               # of the detector
+    options: dict,           # all of them, as `full_options` gives them
+    training: bool = False,  # True: only those that decide the trained weights
 ) -> dict:
     "The options that stand away from their defaults: what the identity of a run is made of."
     return chosen_options(declared_options(detector_class(name)), options, training)
@@ -203,16 +205,18 @@ def deciding_options(
 def describe_detector(name: str) -> list[str]:
     "A detector in words: its summary, then a line for each option."
     cls = detector_class(name)
-    lines = [f"{name:12s} {(cls.__doc__ or '').splitlines()[0]}"]
+    summary = (cls.__doc__ or "").strip().partition("\n")[0]
+    lines = [f"{name:12s} {summary}"]
     for o in declared_options(cls).values():
-        lines.append(f"    --option {f'{o.name}={o.default}':30s} {describe_values(o)}" + f"; {o.help}"*bool(o.help))
+        values = f"{describe_values(o)}; {o.help}" if o.help else describe_values(o)
+        lines.append(f"    --option {f'{o.name}={o.default}':30s} {values}")
     return lines
 
 def create_detector(
     name: str,         # see list_detectors()
     backbone,          # a frozen Backbone
     classes: int = 1,  # how many product classes there are
-    **options,         # of this method; the rest keeps its documented defaults
+    **options,         # of this method; those left out keep their documented defaults
 ) -> Detector:
     "A detector by name; raises `SpecError` for an unknown name or option."
     return detector_class(name)(backbone, classes, **options)
@@ -221,6 +225,6 @@ def create_detector(
 TEXTURES = ("procedural", "images")
 
 def texture_source(value: str):
-    "Raise `SpecError` for a source of textures (`data.defects`) that is neither a known word nor a folder."
+    "Raise `SpecError` for a source of textures (`data.defects`) that is neither a known name nor a folder."
     if value not in TEXTURES and not Path(value).expanduser().is_dir():
         raise unknown("texture source", value, [*TEXTURES, "<existing folder of images>"])

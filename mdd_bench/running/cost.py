@@ -16,10 +16,10 @@ from .runtime import Runtime
 @torch.no_grad()
 def milliseconds_per_image(
     detector,
-    size: int,     # pixels of the square image
+    size: int,        # the image is size x size pixels
     device,
-    passes: int = 7,
-) -> float:
+    passes: int = 7,  # that are counted
+) -> float:           # milliseconds
     "The median time of one prediction at batch 1, backbone included."
     noise = torch.Generator().manual_seed(0)
     image = torch.rand(1, 3, size, size, generator=noise).to(device)
@@ -32,16 +32,16 @@ def milliseconds_per_image(
 
 # %% ../../nbs/running/55_cost.ipynb #670674eb
 def stored_bytes(module: torch.nn.Module) -> int:
-    "Bytes of all parameters and buffers of a module."
+    "The bytes of all parameters and saved buffers of a module."
     return sum(t.numel()*t.element_size() for t in module.state_dict().values())
 
 def trained_parameters(module: torch.nn.Module) -> int:
-    "How many numbers of a module are trained."
+    "The number of trained parameters of a module."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 # %% ../../nbs/running/55_cost.ipynb #3cafe778
 def peak_memory_bytes(device: torch.device) -> float:
-    "The most memory that was in use so far: of the GPU, or of this process; nan where the system does not say."
+    "The most memory that was in use so far, of the GPU or of this process; nan if the system does not say."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     try: import resource
     except ImportError: return float("nan")
@@ -55,10 +55,10 @@ def device_name(device: torch.device) -> str:
 # %% ../../nbs/running/55_cost.ipynb #3cf3bddc
 def measure_cost(
     detector,
-    size: int,         # pixels of the square images
+    size: int,         # images are size x size pixels
     runtime: Runtime,
 ) -> dict:
-    "Milliseconds per image, parameters trained, bytes needed at test, peak memory, and the device of all these."
+    "Milliseconds per image, parameters trained, bytes needed at test, peak memory in MiB, and the device."
     own = stored_bytes(detector)
     return dict(
         ms_per_image=milliseconds_per_image(detector, size, runtime.device),
@@ -70,13 +70,14 @@ def measure_cost(
     )
 
 # %% ../../nbs/running/55_cost.ipynb #2a1664f1
-SUMMED = ("prepare_s", "train_s", "test_s", "replicates_s", "parameters_trained", "bytes_test_without_backbone")
+SUMMED = ("prepare_s", "train_s", "test_s", "replicates_s",
+          "parameters_trained", "bytes_test_without_backbone")
 
 def add_costs(
     costs: list[dict],  # of the models of one run
     images: int,        # how many test images they were tested on together
 ) -> dict:
-    "The cost of several models as one (ours); the cost of a single one is returned as it is."
+    "The cost of several models as one cost (ours); that of a single model is returned unchanged."
     if len(costs) == 1: return costs[0]
     total = {name: sum(c[name] for c in costs) for name in SUMMED}
     backbone = costs[0]["bytes_test"] - costs[0]["bytes_test_without_backbone"]

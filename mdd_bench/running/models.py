@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
-from ..detectors.detector import create_detector
+from ..detectors.detector import Detector, create_detector
 from .cost import measure_cost
 from .identity import ModelPlan
 from .runtime import Runtime
@@ -20,35 +20,43 @@ from .training import load_training_data, seed_all, train
 
 # %% ../../nbs/running/57a_models.ipynb #f1b7c805
 def make_detector(plan: ModelPlan, runtime: Runtime):
-    "The untrained detector of a model, on the runtime's device."
-    resolved = plan.resolved
+    "The untrained detector of a model, on the runtime's device; its weights are drawn from the seed."
+    resolved, classes = plan.resolved, len(plan.dataset.classes)
     resolved.backbone.to(runtime.device)
     seed_all(resolved.spec.seed)
-    detector = create_detector(resolved.spec.detector, resolved.backbone, len(plan.dataset.classes), **resolved.options)
+    detector = create_detector(resolved.spec.detector, resolved.backbone, classes, **resolved.options)
     return detector.to(runtime.device)
 
 @dataclass
 class Fitted:
     "A detector that is ready to test."
-    detector: object
-    cost: dict   # seconds, and whether features were cached
-    facts: dict  # for the record
+    detector: Detector
+    cost: dict   # prepare_s and train_s in seconds; features: "cached" or "computed"
+    facts: dict  # what the record says of the training
 
-def load_fitted(plan: ModelPlan, runtime: Runtime, model: Path) -> Fitted:
-    "The detector of a model from a kept file; its training is reported once, by the run that kept it."
-    detector, other = make_detector(plan, runtime), read_record(model.parent)
+def load_fitted(
+    plan: ModelPlan,
+    runtime: Runtime,
+    model: Path,      # a kept model
+) -> Fitted:
+    "The detector of a model from a kept file, with the cost of its training; raises as `load_model`."
+    detector, record = make_detector(plan, runtime), read_record(model.parent)
     load_model(detector, model, plan.prefix)
-    cost = {name: other.cost[name] for name in ("prepare_s", "train_s", "features")}
-    return Fitted(detector, cost, dict(defect_textures=other.provenance["defect_textures"], trained_by=other.id))
+    cost = {name: record.cost[name] for name in ("prepare_s", "train_s", "features")}
+    facts = dict(defect_textures=record.provenance["defect_textures"], trained_by=record.id)
+    return Fitted(detector, cost, facts)
 
 # %% ../../nbs/running/57a_models.ipynb #d76f7965
-def model_folder(plan: ModelPlan, folder: Path) -> Path:
-    "Where a model keeps its history and checkpoint while it trains."
+def model_folder(
+    plan: ModelPlan,
+    folder: Path,     # of the run
+) -> Path:
+    "The folder of a model's history and checkpoint while it trains, made where needed."
     if plan.is_only: return folder
-    own = folder/"models"/str(plan.number)
-    own.mkdir(parents=True, exist_ok=True)
-    (own/"class").write_text(plan.dataset.classes[0], encoding="utf-8")
-    return own
+    own_folder = folder/"models"/str(plan.number)
+    own_folder.mkdir(parents=True, exist_ok=True)
+    (own_folder/"class").write_text(plan.dataset.classes[0], encoding="utf-8")
+    return own_folder
 
 def fit(
     plan: ModelPlan,
@@ -56,14 +64,15 @@ def fit(
     folder: Path,        # of the run
 ) -> Fitted:
     "Train one model; raises `TrainingError` on a loss that is not finite."
-    resolved, start = plan.resolved, time.perf_counter()
+    recipe, spec, start = plan.resolved.recipe, plan.resolved.spec, time.perf_counter()
     detector = make_detector(plan, runtime)
     runtime.progress("features", 0, 1)
     data = load_training_data(detector, plan, runtime)
     ready = time.perf_counter()
-    train(detector, data, resolved.recipe, runtime, resolved.spec.seed, resolved.spec.precision,
-          model_folder(plan, folder), save_last=not plan.is_only)
-    cost = dict(prepare_s=ready - start, train_s=time.perf_counter() - ready, features="cached" if data.cache else "computed")
+    own_folder = model_folder(plan, folder)
+    train(detector, data, recipe, runtime, spec.seed, spec.precision, own_folder, save_last=not plan.is_only)
+    features = "cached" if data.cache else "computed"
+    cost = dict(prepare_s=ready - start, train_s=time.perf_counter() - ready, features=features)
     return Fitted(detector, cost, dict(defect_textures=data.texture_source))
 
 # %% ../../nbs/running/57a_models.ipynb #1dcbf071
@@ -71,26 +80,27 @@ def fit(
 class ModelOutcome:
     "What fitting and testing one model gave."
     outcomes: dict             # class -> ClassOutcome
-    calibration: pd.DataFrame
+    calibration: pd.DataFrame  # scores of the images that were set aside, possibly none
     cost: dict
-    facts: dict
-    tensors: dict              # the weights, or empty
+    facts: dict                # what the record says of the model
+    tensors: dict              # the weights; empty if they are not kept
 
 def test_model(
     plan: ModelPlan,
     fitted: Fitted,
-    protocols: list[str],
+    protocols: list[str],  # the first one gives the scores, the samples and the replicates
     runtime: Runtime,
-    keep: bool,          # whether the weights are to be kept
+    keep: bool,            # whether the weights are to be kept
 ) -> ModelOutcome:
     "Test all classes of a fitted model, and measure its cost."
     detector, start = fitted.detector, time.perf_counter()
     outcomes = evaluate_classes(detector, plan, protocols, runtime)
-    test_s = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     calibration = calibration_scores(detector, plan, protocols[0], runtime)
     images = sum(len(o.scores) for o in outcomes.values())
     replicates_s = sum(o.replicates_s for o in outcomes.values())
-    timed = dict(test_s=test_s - replicates_s, replicates_s=replicates_s, images_per_second=images/(test_s - replicates_s))
-    cost = fitted.cost | timed | measure_cost(detector, plan.resolved.spec.size, runtime)
+    test_s = seconds - replicates_s
+    times = dict(test_s=test_s, replicates_s=replicates_s, images_per_second=images/test_s)
+    cost = fitted.cost | times | measure_cost(detector, plan.resolved.spec.size, runtime)
     tensors = model_tensors(detector, plan.prefix) if keep else {}
     return ModelOutcome(outcomes, calibration, cost, fitted.facts | detector.facts(), tensors)

@@ -17,35 +17,43 @@ from .identity import Resolved
 
 # %% ../../nbs/running/56_provenance.ipynb #32d1aad6
 def git_commit() -> str | None:
-    "The commit of the checkout that this package runs from, or None where it is not a checkout."
+    "The commit of the checkout that this package runs from, or None if it is not a checkout."
     package = Path(mdd_bench.__file__).resolve().parent
     if not (package.parent/".git").exists(): return None
-    try: result = subprocess.run(["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True)
+    command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+    try: result = subprocess.run(command, capture_output=True, text=True)
     except OSError: return None     # git is not installed
     return result.stdout.strip() or None
 
 def utc_now() -> str:
-    "The time, as 2026-01-31T12:00:00Z."
+    "The time in UTC, as 2026-01-31T12:00:00Z."
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 def versions() -> dict:
-    "Versions of what computes."
+    "The versions of this package and of what it computes with."
     return dict(mdd_bench=mdd_bench.__version__, python=platform.python_version(), torch=torch.__version__,
                 timm=timm.__version__, numpy=np.__version__)
 
 # %% ../../nbs/running/56_provenance.ipynb #bfc531fc
 def split_hashes(table) -> dict:
-    "12 hex digits for the file names of the training and of the test images."
+    "A hash of the paths of the training images and one of the test images, 12 hex digits each."
     names = {split: "\n".join(sorted(table.path[table.split == split])) for split in ("train", "test")}
     return {split: hashlib.sha256(text.encode()).hexdigest()[:12] for split, text in names.items()}
 
 def test_counts(table) -> dict:
     "{class: [good, anomalous]} test images."
-    tested = table[table.split == "test"]
-    return {cls: [int((rows.kind == "good").sum()), int((rows.kind != "good").sum())] for cls, rows in tested.groupby("cls")}
+    counts = {}
+    for cls, kinds in table[table.split == "test"].groupby("cls").kind:
+        good = int((kinds == "good").sum())
+        counts[cls] = [good, len(kinds) - good]
+    return counts
 
 def label_summary(resolved: Resolved) -> dict:
-    "The hashes of a draw of labels, images labelled in each class, and the kinds that images were taken from; or nothing."
+    """{"labels": ...}, or {} where no labels were asked for.
+
+    It has the hashes of the draw, how many images of each class were labelled, and which kinds of defects
+    were labelled or held out.
+    """
     manifest, table = resolved.dataset.manifest, resolved.dataset.catalog.table
     if not manifest: return {}
     images = table[table.split == "labelled"].groupby("cls").size()
@@ -58,7 +66,7 @@ def label_summary(resolved: Resolved) -> dict:
 def provenance(
     resolved: Resolved,
 ) -> dict:
-    "Where the numbers of a run come from."
+    "The circumstances of a run: seed, versions, threads, hashes, and what was altered on the way."
     dataset, table = resolved.dataset, resolved.dataset.catalog.table
     return dict(
         seed=resolved.spec.seed,

@@ -22,18 +22,19 @@ from .testing import collect_metrics, prediction_quality
 
 # %% ../../nbs/running/58_run.ipynb #22292dd9
 def joined_facts(models: list[ModelOutcome], plans: list[ModelPlan]) -> dict:
-    "What the models of a run say of themselves; of several models, each under its class."
-    if len(models) == 1 and plans[0].is_only: return models[0].facts
-    shared = {name: value for name, value in models[0].facts.items() if name in ("defect_textures", "trained_by")}
+    "What the models of a run report about themselves; in the separate setting, by class."
+    if plans[0].is_only: return models[0].facts
+    shared_names = ("defect_textures", "trained_by")
+    shared = {name: value for name, value in models[0].facts.items() if name in shared_names}
     return shared | dict(models={p.dataset.classes[0]: m.facts for p, m in zip(plans, models)})
 
 def write_run(
     resolved: Resolved,
-    folder: Path,
+    folder: Path,                # of the run
     models: list[ModelOutcome],
     model: Path | None,          # the kept model that was used instead of a training
 ) -> Record:
-    "Write the files of a run; returns its record, which is not written yet."
+    "Write all files of a run but its record, and return the record, which is not written yet."
     plans = model_plans(resolved)
     outcomes = {cls: o for m in models for cls, o in m.outcomes.items()}
     write_outcomes(folder, outcomes, pd.concat([m.calibration for m in models]), resolved.dataset.manifest)
@@ -44,7 +45,8 @@ def write_run(
     scores = pd.concat([o.scores for o in outcomes.values()])
     if plans[0].is_only: facts |= prediction_quality(scores, resolved.dataset.classes)
     cost = add_costs([m.cost for m in models], len(scores))
-    if model: cost |= {name: models[0].cost[name] for name in ("prepare_s", "train_s")}
+    if model:    # each of its models was loaded with the cost of all
+        cost |= {name: models[0].cost[name] for name in ("prepare_s", "train_s")}
     metrics = collect_metrics(resolved.spec.protocols, outcomes)
     return Record(resolved.run_id, filled_spec(resolved), metrics, cost, provenance(resolved) | facts)
 
@@ -52,10 +54,17 @@ def write_run(
 def refuse_rescoring(record: Record, spec: RunSpec):
     "Raise `StoreError` for protocols that a record without a kept model does not have."
     missing = ", ".join(name for name in spec.protocols if name not in record.metrics)
-    problem = f"record {record.id} has the protocols {', '.join(record.metrics)}, not {missing}, and its model was not kept"
-    raise StoreError(problem, f"run it with --keep-model, which trains once more, or delete {record.folder}")
+    problem = f"record {record.id} has the protocols {', '.join(record.metrics)}, not {missing}"
+    remedy = f"run it with --keep-model, which trains once more, or delete {record.folder}"
+    raise StoreError(f"{problem}, and its model was not kept", remedy)
 
-def fit_and_test(resolved: Resolved, runtime: Runtime, folder: Path, model: Path | None, keep_model: bool) -> Record:
+def fit_and_test(
+    resolved: Resolved,
+    runtime: Runtime,
+    folder: Path,         # of the run
+    model: Path | None,   # a kept model to use instead of a training
+    keep_model: bool,     # whether the trained weights are to be kept
+) -> Record:
     "Fit and test all models of a run, and write its files; returns the record, which is not written yet."
     started, models = utc_now(), []
     for plan in model_plans(resolved):
@@ -72,18 +81,20 @@ def run(
     runtime: Runtime | None = None,  # device, workers, cache, progress; None: the defaults
     keep_model: bool = False,        # keep model.safetensors: more protocols then need no training
 ) -> Record:
-    "Train and test what a spec says, or return its record. Raises an `MddBenchError` kind, and leaves nothing half-made."
+    "Train and test what a spec asks for, or return its record; raises an `MddBenchError`."
     runtime, store, resolved = runtime or Runtime(), Store(out), resolve(spec)
-    def model(): return find_model(store, resolved.run_id, resolved.training_id)
-    def finished(): return store.has(resolved.run_id, spec.protocols) and (not keep_model or model())
-    if finished(): return store.load(resolved.run_id)
-    with store.claim(resolved.run_id) as folder:
-        if finished(): return store.load(resolved.run_id)      # another process made it while we waited
-        runtime = runtime.reporting_to(folder)
-        if store.has(resolved.run_id):
-            record = store.load(resolved.run_id)
-            if model(): return store.write(add_protocols(resolved, record, model(), runtime))
+    run_id = resolved.run_id
+    def kept_model(): return find_model(store, run_id, resolved.training_id)
+    def finished(): return store.has(run_id, spec.protocols) and (not keep_model or kept_model())
+    if finished(): return store.load(run_id)
+    with store.claim(run_id) as folder:
+        if finished(): return store.load(run_id)      # another process made it while we waited
+        model = kept_model()
+        if store.has(run_id):
+            record = store.load(run_id)
+            if model: return store.write(add_protocols(resolved, record, model, runtime))
             if not keep_model: refuse_rescoring(record, spec)
-            protocols = list(dict.fromkeys([*record.metrics, *spec.protocols]))     # nothing that was known is lost
+            protocols = list(dict.fromkeys([*record.metrics, *spec.protocols]))     # no old protocol is lost
             resolved = replace(resolved, spec=replace(spec, protocols=protocols))
-        return store.write(fit_and_test(resolved, runtime, folder, model(), keep_model))
+        record = fit_and_test(resolved, runtime.reporting_to(folder), folder, model, keep_model)
+        return store.write(record)

@@ -7,6 +7,7 @@ __all__ = ['STAGE_SHARES', 'choose_device', 'no_progress', 'ProgressFile', 'read
 
 # %% ../../nbs/running/52_runtime.ipynb #aeb69ea2
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -21,9 +22,10 @@ def choose_device(
     try:
         device = torch.device(name or default)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = str(e).splitlines()[0]
-        raise SpecError(f"no device {name!r} ({reason})", "leave --device out to take what is there") from None
+    except (RuntimeError, AssertionError, ImportError) as e:     # torch raises any of these
+        reason = str(e).partition("\n")[0]
+        remedy = "leave --device out to take what is there"
+        raise SpecError(f"no device {name!r} ({reason})", remedy) from None
     return device
 
 # %% ../../nbs/running/52_runtime.ipynb #9a0a7efd
@@ -33,8 +35,8 @@ def no_progress(stage: str, done: int, total: int):
 class ProgressFile:
     "Passes progress on to a function, and keeps the latest in `<folder>/progress`."
     def __init__(self,
-        folder: Path,
-        then=no_progress,  # called with (stage, done, total) every time
+        folder: Path,      # of the run
+        then=no_progress,  # a function that is called with (stage, done, total) every time
     ):
         self.path, self.then = folder/"progress", then
         self.written = 0.
@@ -46,11 +48,11 @@ class ProgressFile:
             self.path.write_text(f"{stage} {done} {total}")
 
 # %% ../../nbs/running/52_runtime.ipynb #15e5a653
-STAGE_SHARES = dict(features=(0, .05), train=(.05, .85), test=(.85, 1))
+STAGE_SHARES = dict(features=(0, .05), train=(.05, .85), test=(.85, 1))     # from where to where, of 1
 
 def read_progress(
-    folder: Path,
-) -> tuple:  # (fraction done, stage)
+    folder: Path,  # of the run
+) -> tuple:        # (fraction done, stage)
     "How far another process is with a run; (0, 'starting') before it has reported anything."
     if (folder/"record.json").is_file(): return 1., "recorded"
     try: stage, done, total = (folder/"progress").read_text().split()
@@ -61,14 +63,15 @@ def read_progress(
 # %% ../../nbs/running/52_runtime.ipynb #95e3bb5c
 @dataclass(frozen=True)
 class Runtime:
-    "How a run is carried out; nothing here decides a number. Raises `SpecError` for a device that is not there."
+    "How a run is carried out; nothing here decides a number. Raises `SpecError` for a missing device."
     device: torch.device | str | None = None  # None: a GPU where there is one
     workers: int = 0                          # processes that load images
     cache_gb: float = 4                       # largest feature cache of one set of images, gigabytes; 0: none
-    progress: object = no_progress            # a function of (stage, done, total)
+    progress: Callable = no_progress          # called with (stage, done, total)
 
     def __post_init__(self):
-        if not isinstance(self.device, torch.device): object.__setattr__(self, "device", choose_device(self.device))
+        if isinstance(self.device, torch.device): return
+        object.__setattr__(self, "device", choose_device(self.device))      # the class is frozen
 
     def reporting_to(self, folder: Path) -> "Runtime":
         "The same runtime, with its progress also in a file in `folder`."

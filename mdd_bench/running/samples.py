@@ -16,7 +16,7 @@ from ..errors import DataError
 # %% ../../nbs/running/53a_samples.ipynb #54bb8cdd
 @dataclass
 class Samples:
-    "A few test images of a run; all fields have one entry per image."
+    "A few test images of a run; all fields have one entry per image. Raises `DataError` for unequal lengths."
     maps: np.ndarray    # float16 [N, H, W] raw
     images: np.ndarray  # uint8 [N, h, w, 3] thumbnails, at most as large as the map
     masks: np.ndarray   # bool [N, H, W] true defects; empty for good images
@@ -28,14 +28,16 @@ class Samples:
 
     def __post_init__(self):
         lengths = {f.name: len(getattr(self, f.name)) for f in fields(self)}
-        if len(set(lengths.values())) > 1: raise DataError(f"samples of unequal number: {lengths}", "run the spec again")
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"samples of unequal number: {lengths}", "run the spec again")
 
     def __len__(self): return len(self.paths)
 
     def select(self, rows: list[int]) -> "Samples":
         "The samples at some positions, in the order of `rows`."
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Samples(**{k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in values.items()})
+        def chosen(values):
+            return values[rows] if isinstance(values, np.ndarray) else [values[i] for i in rows]
+        return Samples(**{f.name: chosen(getattr(self, f.name)) for f in fields(self)})
 
 def join_samples(parts: list[Samples]) -> Samples:
     "The samples of several classes, one after another."
@@ -54,16 +56,17 @@ def read_samples(path: Path) -> Samples:
     try:
         with np.load(path) as file: values = {f.name: file[f.name] for f in fields(Samples)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise DataError(f"the samples {path} cannot be read ({type(e).__name__})", "delete the record and run its spec again") from e
+        problem = f"the samples {path} cannot be read ({type(e).__name__})"
+        raise DataError(problem, "delete the record and run its spec again") from e
     lists = {name: values[name].tolist() for name in ("paths", "cls", "kinds", "chosen")}
     return Samples(**values | lists)
 
 # %% ../../nbs/running/53a_samples.ipynb #f40d2559
 def seeded_rows(
     table: pd.DataFrame,  # test images of one class
-    most: int = 4,
-) -> list[int]:           # positions: a good image first, then one for each kind
-    "Images that are kept for every run on these data (ours)."
+    most: int = 4,        # how many images
+) -> list[int]:           # positions: a good image first, then one for each kind of defect
+    "The positions of the images that every run on these data keeps (ours)."
     rng = np.random.default_rng(0)
     kinds = sorted(table.kind.unique(), key=lambda kind: (kind != "good", kind))
     chosen = [int(rng.choice(np.flatnonzero(table.kind == kind))) for kind in kinds]
@@ -74,14 +77,14 @@ class SampleKeeper:
     "Keeps the maps of a class's samples while its images are tested."
     def __init__(self,
         table: pd.DataFrame,  # test images of one class
-        worst: int = 2,       # false alarms, and misses, that are kept
+        worst: int = 2,       # how many false alarms are kept, and how many misses
     ):
         self.defective = (table.kind != "good").to_numpy()
         self.seeded, self.worst = seeded_rows(table), worst
         self.maps, self.scores = {}, {}
 
     def ranked(self, defective: bool) -> list[int]:
-        "The worst images so far: good ones from the highest score, or defective ones from the lowest."
+        "Positions of the worst images so far: good ones of highest score, or defective ones of lowest score."
         sign = 1 if defective else -1
         seen = [i for i in self.scores if self.defective[i] == defective]
         return sorted(seen, key=lambda i: (sign*self.scores[i], i))[:self.worst]
@@ -91,14 +94,14 @@ class SampleKeeper:
         maps,    # raw [B, H, W]
         scores,  # [B]
     ):
-        "See a batch, and keep what may stay."
-        for i, one, score in zip(index, maps, scores):
-            self.maps[i], self.scores[i] = one.astype(np.float16), float(score)
+        "Add a batch, and drop the maps that will not be kept."
+        for i, raw, score in zip(index, maps, scores):
+            self.maps[i], self.scores[i] = raw.astype(np.float16), float(score)
         kept = {i for _, i in self.choices()}
-        self.maps = {i: one for i, one in self.maps.items() if i in kept}
+        self.maps = {i: raw for i, raw in self.maps.items() if i in kept}
 
     def choices(self) -> list[tuple]:
-        "Why an image is kept, and its position; an image may be kept for two reasons."
+        "(reason, position) of every image that is kept; an image may be kept for two reasons."
         reasons = dict(seeded=[i for i in self.seeded if i in self.scores])
         reasons |= {"false alarm": self.ranked(False), "miss": self.ranked(True)}
         return [(reason, i) for reason, rows in reasons.items() for i in rows]

@@ -14,7 +14,7 @@ from ..options import Option, as_int, checked_value, describe_values, option
 
 # %% ../../nbs/running/50_spec.ipynb #af09d935
 def as_epochs(value):
-    "A whole number, or a share as text such as '10%'; raises `ValueError` for anything else."
+    "A whole number, or a share of a recipe as text such as '10%'; raises `ValueError` for anything else."
     if not (isinstance(value, str) and value.strip().endswith("%")): return as_int(value)
     share = float(value.strip()[:-1])
     if not 0 < share < float("inf"): raise ValueError(value)
@@ -25,8 +25,12 @@ PRECISIONS = ("float32", "bfloat16")
 SETTINGS = ("unified", "separate")
 LABEL_SCHEMES = ("pooled", "per_kind", "one_kind", "from_classes")
 
-def spec_field(default, help: str, **declaration):
-    "A dataclass field that carries its declaration; the keywords are those of `option`."
+def spec_field(
+    default,
+    help: str,      # what it does, a short phrase
+    **declaration,  # further arguments of `option`
+):
+    "A dataclass field that carries its declaration."
     declared = option(default, help, **declaration)
     return field(default_factory=lambda: copy(default), metadata=dict(option=declared))
 
@@ -34,60 +38,73 @@ def spec_field(default, help: str, **declaration):
 @dataclass
 class DataFields:
     "What is seen, and through which features."
-    data: str = spec_field("embedded-v1", "a dataset folder, embedded-v1 (-smoke, -large), or heldout:<one of these>",
-                           group="Data")
+    data: str = spec_field(
+        "embedded-v1", "a dataset folder, embedded-v1 (-smoke, -large), or heldout:<one of these>",
+        group="Data")
     classes: list[str] | None = spec_field(None, "product classes to use; none: all", group="Data")
     size: int = spec_field(256, "images become size x size pixels", least=16, group="Data")
-    skip_broken: bool = spec_field(False, "leave unreadable images out instead of stopping", group="Data", identity=False)
+    skip_broken: bool = spec_field(
+        False, "leave unreadable images out instead of stopping", group="Data", identity=False)
     calibration: float | None = spec_field(
-        None, "share of the training images that is kept out of training and scored; none: 0",
+        None, "share of the training images that is kept out of training and scored; none: no images",
         least=0, most=1, group="Data")
     backbone: str | None = spec_field(
         None, "a timm model; none: that of the procedural weights, or of the detector's recipe",
         group="Features")
-    weights: str = spec_field("pretrained", "of the backbone: pretrained (timm's), procedural (ours), random, or a file",
-                              group="Features")
-    layers: list[int] | None = spec_field(None, "feature levels to use; none: those of the detector's recipe", group="Features")
+    weights: str = spec_field(
+        "pretrained", "of the backbone: pretrained (timm's), procedural (ours), random, or a file",
+        group="Features")
+    layers: list[int] | None = spec_field(
+        None, "feature levels to use; none: those of the detector's recipe", group="Features")
 
 # %% ../../nbs/running/50_spec.ipynb #e65f17a1
 @dataclass
 class LabelFields:
     "Which anomalies are labelled, for detectors that learn from them."
-    labelled: int = spec_field(0, "labelled anomalies that the scheme takes", least=0, group="Labels", identity=False)
-    scheme: str = spec_field("pooled", "which anomalies are labelled", choices=LABEL_SCHEMES, group="Labels", identity=False)
-    label_classes: str | None = spec_field(None, "with from_classes: the classes whose anomalies are labelled, 'a+b'",
-                                           group="Labels", identity=False)
-    label_seed: int | None = spec_field(None, "decides which anomalies are labelled; none: the seed", least=0,
-                                        group="Labels", identity=False)
+    labelled: int = spec_field(
+        0, "labelled anomalies that the scheme takes", least=0, group="Labels", identity=False)
+    scheme: str = spec_field(
+        "pooled", "which anomalies are labelled", choices=LABEL_SCHEMES, group="Labels", identity=False)
+    label_classes: str | None = spec_field(
+        None, "with from_classes: the classes whose anomalies are labelled, 'a+b'",
+        group="Labels", identity=False)
+    label_seed: int | None = spec_field(
+        None, "decides which anomalies are labelled; none: the seed", least=0, group="Labels", identity=False)
     hold_out: int | None = spec_field(
         None, "anomalies that every arm keeps out of its test; none: those it labels",
         least=0, group="Labels", identity=False)
-    labelled_at_most: bool = spec_field(False, "a class with fewer anomalies than asked for gives what it can",
-                                        group="Labels", identity=False)
-    manifest: str | None = spec_field(None, "a file of labelled anomalies instead of a draw (see mdd_bench labels)",
-                                      group="Labels", identity=False)
+    labelled_at_most: bool = spec_field(
+        False, "a class with fewer anomalies than asked for gives what it can",
+        group="Labels", identity=False)
+    manifest: str | None = spec_field(
+        None, "a file of labelled anomalies instead of a draw (see mdd_bench labels)",
+        group="Labels", identity=False)
 
 # %% ../../nbs/running/50_spec.ipynb #2c674756
 @dataclass
 class TrainingFields:
     "Which method is trained, and how."
-    detector: str = spec_field("mddnet", "a name of mdd_bench detectors, or path/to/file.py:Class", group="Detector")
+    detector: str = spec_field(
+        "mddnet", "a name of mdd_bench detectors, or path/to/file.py:Class", group="Detector")
     options: dict = spec_field({}, "of the detector, name=value", group="Detector")
-    setting: str = spec_field("unified", "one model for all classes, or one for each, merged into one record",
-                              choices=SETTINGS, group="Detector")
+    setting: str = spec_field(
+        "unified", "one model for all classes, or one for each, merged into one record",
+        choices=SETTINGS, group="Detector")
     seed: int = spec_field(0, "decides weights, order and synthetic defects", least=0, group="Training")
     epochs: int | str | None = spec_field(
         None, "passes over the training images, or a share of the recipe, as 10%; none: the recipe",
         least=0, convert=as_epochs, group="Training")
-    batch: int | None = spec_field(None, "images in a step; none: the detector's recipe", least=1, group="Training")
+    batch: int | None = spec_field(
+        None, "images in a step; none: the detector's recipe", least=1, group="Training")
     precision: str = spec_field("float32", "of the training steps", choices=PRECISIONS, group="Training")
-    protocols: list[str] = spec_field(["exact"], "how maps become numbers, 'a,b' (see mdd_bench protocols)",
-                                      group="Scoring", identity=False)
+    protocols: list[str] = spec_field(
+        ["exact"], "how maps become numbers, 'a,b' (see mdd_bench protocols)",
+        group="Scoring", identity=False)
 
 # %% ../../nbs/running/50_spec.ipynb #c40e6939
 @dataclass
 class RunSpec(TrainingFields, LabelFields, DataFields):
-    "What is run, as one flat list of fields."
+    "What is run, as one flat list of fields. `make_spec` makes one and checks it."
 
 def spec_options() -> dict[str, Option]:
     "The declaration of every field of `RunSpec`, in order."
@@ -97,18 +114,19 @@ def spec_options() -> dict[str, Option]:
 def make_spec(
     **values,   # fields of RunSpec, as text or typed
 ) -> RunSpec:
-    "A spec with every value checked and brought to its type; raises `SpecError` for an unknown field or an impossible value."
+    "A spec whose values are checked and typed; raises `SpecError` for an unknown field or impossible value."
     declared = spec_options()
     for name in values:
         if name not in declared: raise unknown("run parameter", name, declared)
-    spec = RunSpec(**{name: checked_value(declared[name], value) for name, value in values.items()})
+    checked = {name: checked_value(declared[name], value) for name, value in values.items()}
+    spec = RunSpec(**checked)
     if spec.calibration is not None and not 0 < spec.calibration < 1:
         raise SpecError(f"calibration={spec.calibration}", "give a share above 0 and below 1, or none")
     if spec.manifest: refuse_draw(spec)
     return spec
 
 def refuse_draw(spec: RunSpec):
-    "Raise `SpecError` where a spec with a manifest also says what is to be drawn."
+    "Raise `SpecError` where a spec with a manifest also sets fields of a draw."
     for f in fields(LabelFields):
         value = getattr(spec, f.name)
         if f.name != "manifest" and value != f.metadata["option"].default:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BAR', 'flags', 'plain_command', 'notebook_command', 'Failure', 'run_process', 'failure_reason', 'make_record',
-           'run_label', 'shared_trainings', 'make_records', 'Swept', 'sweep', 'sweep_notebook', 'without_timing',
-           'execute_study']
+           'run_label', 'shared_trainings', 'make_records', 'check_sweep', 'Swept', 'sweep', 'sweep_notebook',
+           'without_timing', 'execute_study']
 
 # %% ../../nbs/running/59_sweep.ipynb #5c7a4fa3
 import base64, json, subprocess, sys, tempfile
@@ -24,7 +24,7 @@ from .study import SETTINGS, NamedSpec, Study, given, load_study, study_path
 
 # %% ../../nbs/running/59_sweep.ipynb #efa48b24
 def flags(spec: RunSpec) -> list[str]:
-    "A spec as flags of `mdd_bench run`; what stands at None is left out."
+    "A spec as flags of `mdd_bench run`; fields that are None are left out."
     arguments = []
     for name, value in asdict(spec).items():
         flag = "--" + name.replace("_", "-")
@@ -40,12 +40,12 @@ def plain_command(
     out: Path,       # results folder
     settings: dict,  # device, workers, cache_gb, keep_model
 ) -> list[str]:
-    "One run as the command line's `run`."
+    "The command that makes one run without a notebook."
     chosen = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
         if value is True: chosen += [flag]
-        elif value not in (None, "", False): chosen += [flag, str(value)]
+        elif value is not False and value not in (None, ""): chosen += [flag, str(value)]
     program = [sys.executable, "-c", "from mdd_bench.cli import main; main()"]
     return [*program, "run", *flags(spec), "--out", str(out), *chosen]
 
@@ -53,9 +53,9 @@ def plain_command(
 def notebook_command(
     name: str,         # a notebook of nbs/studies
     target: Path,      # where its executed copy goes
-    parameters: dict,
+    parameters: dict,  # name -> value
 ) -> list[str]:
-    "One notebook through papermill, with typed parameters."
+    "The command that executes a notebook through papermill; the parameters keep their types."
     coded = base64.b64encode(yaml.safe_dump(parameters).encode()).decode()
     papermill = [sys.executable, "-m", "papermill", str(study_path(name)), str(target)]
     return [*papermill, "-b", coded, "-k", "python3", "--no-progress-bar"]
@@ -66,14 +66,15 @@ class Failure:
     "A run that did not end in a record."
     spec: RunSpec
     reason: str     # one line
-    details: Path   # what it printed, or its notebook
+    details: Path   # a file with its output: the unfinished notebook, or a log
 
 def run_process(
     arguments: list[str],
-    tick=lambda: None,     # called every half second
+    tick=lambda: None,     # a function that is called every half second
 ) -> tuple:                # (exit code, what was printed)
     "Run one command to its end; when this process is interrupted, the command is killed."
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with subprocess.Popen(arguments, **pipes) as process:
         try:
             while True:
                 try:
@@ -85,21 +86,21 @@ def run_process(
             raise
 
 def failure_reason(printed: str) -> str:
-    "The line of a traceback or an error that says what happened."
+    "The last line that names an error, or else the last line."
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0] or line.startswith("error:")]
-    silent = ["the process ended without a word: killed, or out of memory?"]
+    silent = ["the process ended and printed nothing: killed, or out of memory?"]
     return (errors or lines or silent)[-1].removeprefix("error: ")
 
 # %% ../../nbs/running/59_sweep.ipynb #0d79ee01
 def make_record(
     resolved: Resolved,
     store: Store,
-    plain: bool,
-    settings: dict,
-    show,            # called with (fraction done, stage)
+    plain: bool,     # without a notebook
+    settings: dict,  # device, workers, cache_gb, keep_model
+    show,            # a function that is called with (fraction done, stage)
 ) -> Failure | None:
-    "Make one record in a process of its own."
+    "Make one record in a process of its own; returns None, or why there is none."
     spec, run_id = resolved.spec, resolved.run_id
     part, log = store.runs/f"{run_id}.part.ipynb", store.runs/f"{run_id}.log"
     store.runs.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def make_record(
     else: arguments = notebook_command("run", part, asdict(spec) | settings | dict(out=str(out)))
     _, printed = run_process(arguments, lambda: show(*read_progress(store.folder(run_id))))
     if not store.has(run_id, spec.protocols):     # nothing but the record tells that a run is done
-        log.write_text(printed)
+        log.write_text(printed, encoding="utf-8")
         return Failure(spec, failure_reason(printed), part if part.is_file() else log)
     log.unlink(missing_ok=True)
     if part.is_file(): part.replace(store.folder(run_id)/"run.ipynb")
@@ -122,17 +123,17 @@ def run_label(named: NamedSpec) -> str:
     return f"{named.arm or named.spec.detector}, seed {named.spec.seed}"
 
 def shared_trainings(resolved: list[Resolved]) -> set[str]:
-    "The training ids that several different runs have in common."
+    "The training ids that several runs have in common."
     runs = {r.run_id: r.training_id for r in resolved}
     return {training_id for training_id, n in Counter(runs.values()).items() if n > 1}
 
 def make_records(
     missing: list[tuple],  # (Resolved, label) of the runs to make
     store: Store,
-    plain: bool,
-    settings: dict,
+    plain: bool,           # without notebooks
+    settings: dict,        # device, workers, cache_gb, keep_model
     shared: set[str],      # training ids whose model is kept
-    bar: tqdm,
+    bar: tqdm,             # counts runs
 ) -> list[Failure]:
     "Make records one after another; returns what failed."
     failures = []
@@ -150,15 +151,26 @@ def make_records(
     return failures
 
 # %% ../../nbs/running/59_sweep.ipynb #03c4311b
+def check_sweep(
+    study: Study,
+    named: list[NamedSpec],  # its runs
+    plain: bool,             # without notebooks
+):
+    "Raise `SpecError` for a plain sweep without runs and for a misspelt option, before any data are read."
+    if plain and study.parameters:
+        raise SpecError(f"the study {study.name} is a notebook only", "run it without --plain")
+    for _, spec in named: full_options(spec.detector, spec.options)
+
+# %% ../../nbs/running/59_sweep.ipynb #2df9ecfa
 @dataclass
 class Swept:
-    "What a sweep found and made."
+    "The result of a sweep."
     study: Study
-    folder: Path
-    records: list[Record]
+    folder: Path             # the results folder
+    records: list[Record]    # of the study's runs, old and new
     failures: list[Failure]
 
-# %% ../../nbs/running/59_sweep.ipynb #4756051c
+# %% ../../nbs/running/59_sweep.ipynb #80dc31df
 def sweep(
     study: Study,
     out,                       # results folder
@@ -168,12 +180,12 @@ def sweep(
     keep_model: bool = False,  # keep the models of all runs
     plain: bool = False,       # without papermill: no notebook for each run
 ) -> Swept:
-    "Make the records that are missing; returns all records of the study and what failed. Raises `SpecError` before the first run."
-    if plain and study.parameters: raise SpecError(f"the study {study.name} is a notebook only", "run it without --plain")
-    settings = dict(device=device or None, workers=workers, cache_gb=cache_gb, keep_model=keep_model)
+    "Make the records of a study that are missing; raises an `MddBenchError` before the first run."
     named, store = study.named_specs(), Store(out)
-    for _, spec in named: full_options(spec.detector, spec.options)     # a misspelt option is found before anything is read
-    with tqdm(total=len(named), disable=None, desc="reading the data", bar_format=BAR, file=sys.stderr) as bar:
+    check_sweep(study, named, plain)
+    settings = dict(device=device or None, workers=workers, cache_gb=cache_gb, keep_model=keep_model)
+    terminal = dict(file=sys.stderr, disable=None)     # None: no bar where that is no terminal
+    with tqdm(total=len(named), desc="reading the data", bar_format=BAR, **terminal) as bar:
         runs = {}
         for n in named:
             resolved = resolve(n.spec)
@@ -188,9 +200,9 @@ def sweep(
 # %% ../../nbs/running/59_sweep.ipynb #8b74fe40
 def sweep_notebook(
     name: str,        # of the study
-    namespace: dict,  # of its notebook: globals()
+    namespace: dict,  # the variables of its notebook: globals()
 ) -> Swept:
-    "The records of a study with the parameters of its notebook; failures are printed."
+    "Sweep a study with the parameters of its notebook, which calls this; failures are printed."
     study = load_study(name)
     study = load_study(name, **given(study, namespace))
     settings = {k: namespace[k] for k in SETTINGS}
@@ -201,9 +213,9 @@ def sweep_notebook(
 
 # %% ../../nbs/running/59_sweep.ipynb #962bd83f
 def without_timing(
-    notebook: dict,
+    notebook: dict,  # changed in place
 ) -> dict:
-    "A notebook without papermill's times and paths, which would change at every execution."
+    "The notebook without papermill's times and paths, which would change at every execution."
     notebook["metadata"].pop("papermill", None)
     for cell in notebook["cells"]:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags" and v}
@@ -213,7 +225,7 @@ def execute_study(
     study: Study,
     out: Path,  # the study's folder
 ) -> Path:      # the executed notebook
-    "Execute a study's notebook into its folder; raises `SpecError` when it fails, and the unfinished notebook shows where."
+    "Execute a study's notebook into its folder; raises `SpecError` naming the unfinished one when it fails."
     part, final = Path(out)/f"{study.name}.part.ipynb", Path(out)/f"{study.name}.ipynb"
     part.parent.mkdir(parents=True, exist_ok=True)
     parameters = study.notebook_parameters() | dict(out=str(out))

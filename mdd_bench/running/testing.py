@@ -21,6 +21,7 @@ from ..evaluation.metrics import mean_over_classes
 from ..evaluation.protocols import (
     ClassResult, ProtocolEvaluator, evaluate_batch, get_protocol, raw_batch)
 from ..evaluation.replicates import Replicates, resample_counts
+from ..parts.feature_cache import FeatureCache
 from .identity import ModelPlan
 from .runtime import Runtime
 from .samples import SampleKeeper, Samples
@@ -28,7 +29,7 @@ from .training import cached_features, feed
 
 # %% ../../nbs/running/54_testing.ipynb #d57cbe89
 class BatchPrediction(NamedTuple):
-    "What a detector says of a batch of test images."
+    "What a detector predicts for a batch of test images."
     index: list[int]           # positions of the images in their table
     maps: np.ndarray           # float32 [B, H, W], raw
     scores: np.ndarray | None  # float32 [B] the detector's own scores, if it has any
@@ -38,11 +39,11 @@ class BatchPrediction(NamedTuple):
 def predictions(
     detector,
     images: ImageDataset,
-    batch: int,            # images in a batch
+    batch: int,                         # images in a batch
     runtime: Runtime,
-    cache=None,            # of their features
-):                         # yields BatchPrediction, in the order of the images
-    "The predictions for test images."
+    cache: FeatureCache | None = None,  # of the features of these images
+):                                      # yields BatchPrediction
+    "Yields the predictions for test images, in the order of the images."
     done = 0
     for b in feed(detector, images, batch, runtime, cache):
         p = detector.predict(b["features"], (images.size, images.size))
@@ -60,25 +61,26 @@ def class_images(
 ) -> ImageDataset:
     "The images of one class and split."
     catalog = plan.dataset.catalog
-    return ImageDataset(catalog.root, catalog.part(cls=cls, split=split), plan.resolved.spec.size, catalog.classes)
+    table = catalog.part(cls=cls, split=split)
+    return ImageDataset(catalog.root, table, plan.resolved.spec.size, catalog.classes)
 
 def predict_class(
     detector,
     plan: ModelPlan,
     images: ImageDataset,
     runtime: Runtime,
-):  # yields BatchPrediction
-    "The predictions for images of a model's dataset, with cached features where the runtime allows a cache."
+):                         # yields BatchPrediction
+    "Yields the predictions for images of a model's dataset, with cached features if the runtime allows them."
     batch = plan.resolved.recipe.batch
     cache = cached_features(detector.backbone, images, plan.dataset.fingerprint, batch, runtime)
     return predictions(detector, images, batch, runtime, cache)
 
 # %% ../../nbs/running/54_testing.ipynb #f1519688
 def true_mask(
-    root: Path,  # of the dataset
-    row,         # of a table of test images
-) -> np.ndarray:
-    "The mask of a test image, bool [H0, W0], empty for a good one."
+    root: Path,    # of the dataset
+    row,           # of a table of test images
+) -> np.ndarray:   # bool [H0, W0], at the size of the file
+    "The mask of a test image, empty for a good one; raises `DataError` as `load_mask` does."
     if row["mask"]: return load_mask(root/row["mask"])
     with Image.open(root/row["path"]) as image: return np.zeros(image.size[::-1], bool)
 
@@ -86,18 +88,21 @@ def true_mask(
 @dataclass
 class ClassOutcome:
     "What the test of one class gave."
-    results: dict[str, ClassResult]     # by protocol
-    scores: pd.DataFrame                # one row per test image
-    samples: Samples                    # a few images, with their maps
-    replicates: dict[str, np.ndarray]   # metric -> [R], under the first protocol
-    replicates_s: float                 # seconds that the replicates took
-    streamed: bool                      # whether the metrics were computed by streaming, with bounded memory
+    results: dict[str, ClassResult]    # by protocol
+    scores: pd.DataFrame               # path, cls, kind, label, score, diagnostics: one row per test image
+    samples: Samples                   # a few images, with their maps
+    replicates: dict[str, np.ndarray]  # metric -> [R], under the first protocol
+    replicates_s: float                # seconds that the replicates took
+    streamed: bool                     # whether the metrics were computed by streaming, with bounded memory
 
 # %% ../../nbs/running/54_testing.ipynb #cb82d037
-EXACT_PIXELS = 2**28
+EXACT_PIXELS = 2**28     # most pixels of a class whose metrics are exact
 
-def evaluation_mode(images: int, size: int) -> str:
-    "How the metrics of a class are computed: 'exact', or 'streaming' where it has too many pixels."
+def evaluation_mode(
+    images: int,  # test images of the class
+    size: int,    # they are size x size pixels
+) -> str:
+    "How the metrics of a class are computed: 'exact', or 'streaming' if it has too many pixels."
     return "streaming" if images*size**2 > EXACT_PIXELS else "exact"
 
 # %% ../../nbs/running/54_testing.ipynb #ebed74d6
@@ -113,9 +118,8 @@ class ClassTest:
         self.defective = (self.table.kind != "good").to_numpy()
         self.mode = evaluation_mode(len(self.table), plan.resolved.spec.size)
         self.evaluators = {name: ProtocolEvaluator(get_protocol(name), self.mode) for name in protocols}
-        self.keeper, self.replicates = SampleKeeper(self.table), Replicates()
+        self.keeper, self.replicates, self.replicates_s = SampleKeeper(self.table), Replicates(), 0.
         self.order, self.extra = [], {}
-        self.replicates_s = 0.
 
     def update(self, batch: BatchPrediction):
         "Add the predictions for a batch of images."
@@ -123,10 +127,10 @@ class ClassTest:
         masks = [true_mask(self.plan.dataset.catalog.root, row) for _, row in rows.iterrows()]
         labels, kinds = self.defective[batch.index], rows.kind.tolist()
         parts = [e.update(batch.maps, batch.scores, masks, labels, kinds) for e in self.evaluators.values()]
-        for part in parts[0]: self.update_first(batch, part)
+        for part in parts[0]: self.keep(batch, part)
         for name, values in batch.extra.items(): self.extra.setdefault(name, []).extend(values)
 
-    def update_first(self, batch, part):
+    def keep(self, batch, part):
         "Add images that the first protocol compared at one size to the samples and the replicates."
         index = [batch.index[i] for i in part.index]
         self.keeper.update(index, batch.maps[part.index], part.scores)
@@ -136,22 +140,27 @@ class ClassTest:
         self.order += index
 
 # %% ../../nbs/running/54_testing.ipynb #23d5a836
-THUMBNAIL = 256     # pixels, at most
+THUMBNAIL = 256     # largest side of a thumbnail, pixels
 
 def collect_samples(test: ClassTest) -> Samples:
     "The samples of a tested class, with thumbnails, and with masks at the size of the maps."
     root, size = test.plan.dataset.catalog.root, test.plan.resolved.spec.size
-    rule = next(iter(test.evaluators.values())).protocol
+    protocol = next(iter(test.evaluators.values())).protocol
     reasons, rows = zip(*test.keeper.choices())
-    kept = test.table.iloc[list(rows)]
-    images = [load_image(root/path, min(size, THUMBNAIL)) for path in kept.path]
-    masks = [rule.masks(true_mask(root, row), (size, size)) for _, row in kept.iterrows()]
-    maps, scores = ([of[i] for i in rows] for of in (test.keeper.maps, test.keeper.scores))
-    return Samples(np.stack(maps), np.stack(images), np.stack(masks), np.array(scores),
-                   kept.path.tolist(), [test.cls]*len(rows), kept.kind.tolist(), list(reasons))
+    table = test.table.iloc[list(rows)]
+    return Samples(
+        maps=np.stack([test.keeper.maps[i] for i in rows]),
+        images=np.stack([load_image(root/path, min(size, THUMBNAIL)) for path in table.path]),
+        masks=np.stack([protocol.masks(true_mask(root, row), (size, size)) for _, row in table.iterrows()]),
+        scores=np.array([test.keeper.scores[i] for i in rows]),
+        paths=table.path.tolist(),
+        cls=[test.cls]*len(rows),
+        kinds=table.kind.tolist(),
+        chosen=list(reasons),
+    )
 
 def compute_replicates(test: ClassTest) -> dict[str, np.ndarray]:
-    "The metrics of a tested class under resampled images."
+    "The metrics of a tested class under resampled images: metric -> [R]."
     counts = resample_counts(test.table.path.tolist(), test.defective)
     return test.replicates.compute(counts[:, test.order])
 
@@ -159,17 +168,16 @@ def compute_replicates(test: ClassTest) -> dict[str, np.ndarray]:
 def evaluate_class(
     detector,
     plan: ModelPlan,
-    cls: str,
-    protocols: list[str],
+    cls: str,              # one of the model's classes
+    protocols: list[str],  # the first one gives the scores, the samples and the replicates
     runtime: Runtime,
 ) -> ClassOutcome:
     "Test one class under some protocols; raises `DataError` for a mask that cannot be used."
     test = ClassTest(plan, cls, protocols)
     for batch in predict_class(detector, plan, class_images(plan, cls), runtime): test.update(batch)
     results = {name: evaluator.result() for name, evaluator in test.evaluators.items()}
-    table = test.table
-    scores = pd.DataFrame(dict(path=table.path, cls=cls, kind=table.kind, label=test.defective.astype(int),
-                               score=results[protocols[0]].scores, **test.extra))
+    columns = dict(path=test.table.path, cls=cls, kind=test.table.kind, label=test.defective.astype(int))
+    scores = pd.DataFrame(columns | dict(score=results[protocols[0]].scores) | test.extra)
     start = time.perf_counter()
     replicates = compute_replicates(test)
     seconds = test.replicates_s + time.perf_counter() - start
@@ -182,7 +190,7 @@ def evaluate_classes(
     protocols: list[str],
     runtime: Runtime,
 ) -> dict[str, ClassOutcome]:
-    "Test all classes of a model."
+    "Test all classes of a model; returns an outcome for each."
     outcomes, classes = {}, plan.dataset.classes
     for i, cls in enumerate(classes):
         runtime.progress("test", i, len(classes))
@@ -193,7 +201,7 @@ def collect_metrics(
     protocols: list[str],
     outcomes: dict[str, ClassOutcome],  # of all classes of a run
 ) -> dict:                              # {protocol: {"mean", "per_class", "per_kind"}}
-    "The metrics of a run, as its record holds them."
+    "The metrics of a run, as its record holds them; the mean of a metric is taken over the classes."
     metrics = {}
     for name in protocols:
         results = {cls: outcome.results[name] for cls, outcome in outcomes.items()}
@@ -217,19 +225,19 @@ def class_maps(detector, plan: ModelPlan, cls: str, runtime: Runtime) -> ClassMa
     table = plan.dataset.catalog.part(cls=cls, split="test")
     spec, root = plan.resolved.spec, plan.dataset.catalog.root
     maps = np.concatenate([b.maps for b in predict_class(detector, plan, class_images(plan, cls), runtime)])
-    rule = get_protocol(spec.protocols[0])
-    masks = np.stack([rule.masks(true_mask(root, row), (spec.size, spec.size)) for _, row in table.iterrows()])
+    protocol, shape = get_protocol(spec.protocols[0]), (spec.size, spec.size)
+    masks = np.stack([protocol.masks(true_mask(root, row), shape) for _, row in table.iterrows()])
     return ClassMaps(cls, table.path.tolist(), table.kind.tolist(), maps, masks)
 
 # %% ../../nbs/running/54_testing.ipynb #b2ae6c10
 def calibration_scores(
     detector,
     plan: ModelPlan,
-    protocol: str,
+    protocol: str,  # its name; it decides how a map becomes a score
     runtime: Runtime,
 ) -> pd.DataFrame:  # path, cls, score; empty where no images were set aside
     "The image scores of the calibration images of a model's classes."
-    parts, rule = [], get_protocol(protocol)
+    tables = []
     for cls in plan.dataset.classes:
         table = plan.dataset.catalog.part(cls=cls, split="calibration")
         if not len(table): continue
@@ -237,16 +245,18 @@ def calibration_scores(
         for batch in predict_class(detector, plan, class_images(plan, cls, "calibration"), runtime):
             masks = [true_mask(plan.dataset.catalog.root, table.iloc[i]) for i in batch.index]
             good = raw_batch(batch.maps, batch.scores, masks, np.zeros(len(masks), bool), ["good"]*len(masks))
-            for part in evaluate_batch(rule, good): scores[np.array(batch.index)[part.index]] = part.scores
-        parts.append(pd.DataFrame(dict(path=table.path, cls=cls, score=scores)))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["path", "cls", "score"])
+            for part in evaluate_batch(get_protocol(protocol), good):
+                scores[np.array(batch.index)[part.index]] = part.scores
+        tables.append(pd.DataFrame(dict(path=table.path, cls=cls, score=scores)))
+    if not tables: return pd.DataFrame(columns=["path", "cls", "score"])
+    return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/running/54_testing.ipynb #0358a663
 def prediction_quality(
-    scores: pd.DataFrame,  # of all test images, with `predicted_cls` or `group` where the detector predicts one
+    scores: pd.DataFrame,  # of all test images: cls, and predicted_cls or group if the detector predicts one
     classes: list[str],    # of the model, in order
 ) -> dict:
-    "{'predicted_cls_right': share} or {'group_purity': share}, or nothing (ours)."
+    "{'predicted_cls_right': share} or {'group_purity': share}; {} where neither was predicted (ours)."
     if "predicted_cls" in scores:
         numbers = scores.cls.map({cls: i for i, cls in enumerate(classes)})
         return dict(predicted_cls_right=float((scores.predicted_cls == numbers).mean()))

@@ -27,7 +27,7 @@ from .runtime import Runtime
 # %% ../../nbs/running/53_training.ipynb #246d9e0d
 def seed_all(
     seed: int,
-    epoch: int = 0,  # epochs have their own state
+    epoch: int = 0,  # each epoch has its own random state
 ):
     "Seed python, numpy and torch from (seed, epoch), and ask torch for deterministic algorithms."
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -44,7 +44,8 @@ def to_device(
     device,
 ) -> dict:
     "The batch with its tensors on the device; `index` stays where it is, because it addresses the cache."
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) and k != "index" else v for k, v in batch.items()}
+    tensors = {name: v for name, v in batch.items() if torch.is_tensor(v) and name != "index"}
+    return batch | {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
 
 def feed(
     detector,
@@ -52,10 +53,10 @@ def feed(
     batch: int,                         # images in a batch
     runtime: Runtime,
     cache: FeatureCache | None = None,  # of the clean features of these images
-    seed: int = 0,                      # of the order
+    seed: int = 0,                      # decides the order
     epoch: int | None = None,           # None: all images in the table's order, and no pairs
 ):                                      # yields dicts
-    "Batches as `detector.needs` asks: features, and image, pairs, cls where they are wanted."
+    "Yields batches with what `detector.needs` asks for: features, and where wanted image, pairs, cls."
     pairs = "pairs" in detector.needs and epoch is not None
     images = copy(images)
     if not pairs: images.defects = None
@@ -81,19 +82,20 @@ def cached_features(
     clean.images, clean.defects = True, None
     identity = f"{fingerprint} {images.size} {short_hash(list(images.paths))}"
     def make(): return batches(clean, batch, workers=runtime.workers)
-    return open_feature_cache(backbone, make, len(images), identity, cache_dir()/"features", runtime.cache_gb, runtime.device)
+    folder = cache_dir()/"features"
+    return open_feature_cache(backbone, make, len(images), identity, folder, runtime.cache_gb, runtime.device)
 
 # %% ../../nbs/running/53_training.ipynb #4bdbdd69
 def select(
-    values,         # a tensor, or a list
-    at: list[int],  # positions
+    values,                # a tensor, or a list
+    positions: list[int],
 ):
-    "The values at some positions, of the same type."
-    return values[at] if torch.is_tensor(values) else [values[i] for i in at]
+    "The values at some positions, as a tensor or a list like `values`."
+    return values[positions] if torch.is_tensor(values) else [values[i] for i in positions]
 
 # %% ../../nbs/running/53_training.ipynb #52d31068
 class LabelledAnomalies:
-    "Labelled anomalies in memory: batches of `features`, `mask` [L, H, W], path, index, and cls where it is wanted."
+    "Labelled anomalies in memory. Batches have features, mask [L, H, W], path, index, and cls where wanted."
     def __init__(self,
         detector,
         images: ImageDataset,               # with masks
@@ -101,21 +103,23 @@ class LabelledAnomalies:
         runtime: Runtime,
         cache: FeatureCache | None = None,  # of the features of these images
     ):
-        made = list(feed(detector, images, batch, runtime, cache))
-        self.features = [torch.cat(level) for level in zip(*(b["features"] for b in made))]
+        parts = list(feed(detector, images, batch, runtime, cache))
+        levels = zip(*(b["features"] for b in parts))
+        self.features = [torch.cat(level) for level in levels]
         self.others = {}
-        for key in made[0].keys() - {"features", "image"}:
-            parts = [b[key] for b in made]
-            self.others[key] = torch.cat(parts) if torch.is_tensor(parts[0]) else sum(parts, [])
+        for key in parts[0].keys() - {"features", "image"}:
+            values = [b[key] for b in parts]
+            self.others[key] = torch.cat(values) if torch.is_tensor(values[0]) else sum(values, [])
 
     def __len__(self): return len(self.others["path"])
 
-    def pick(self, at: list[int]) -> dict:
+    def pick(self, positions: list[int]) -> dict:
         "The batch of the anomalies at some positions."
-        return {k: select(v, at) for k, v in self.others.items()} | dict(features=[f[at] for f in self.features])
+        others = {name: select(values, positions) for name, values in self.others.items()}
+        return others | dict(features=[level[positions] for level in self.features])
 
     def batches(self, batch: int):
-        "All anomalies once, in order."
+        "Batches that show all anomalies once, in order."
         numbers = list(range(len(self)))
         return (self.pick(numbers[i:i + batch]) for i in range(0, len(self), batch))
 
@@ -128,11 +132,11 @@ class LabelledAnomalies:
 @dataclass
 class TrainingData:
     "What a detector trains on."
-    images: ImageDataset                        # the normal training images, with the defects that the detector asks for
-    cache: FeatureCache | None = None           # of their clean features
-    labelled: LabelledAnomalies | None = None
-    textures: Textures | None = None
-    texture_source: str | None = None           # what drawn defects and textures are made of, for the record
+    images: ImageDataset                       # normal training images, with defects where asked for
+    cache: FeatureCache | None = None          # of their clean features; None: they are computed when needed
+    labelled: LabelledAnomalies | None = None  # None: there are none
+    textures: Textures | None = None           # None: the detector does not ask for them
+    texture_source: str | None = None          # what drawn defects and textures are made of, for the record
 
 def labelled_anomalies(
     detector,
@@ -140,8 +144,8 @@ def labelled_anomalies(
     runtime: Runtime,
 ) -> LabelledAnomalies | None:
     "The labelled anomalies of a model's classes, or None where there are none."
-    catalog, batch = plan.dataset.catalog, plan.resolved.recipe.batch
-    images = ImageDataset(catalog.root, catalog.part(split="labelled"), plan.resolved.spec.size, catalog.classes, masks=True)
+    catalog, batch, size = plan.dataset.catalog, plan.resolved.recipe.batch, plan.resolved.spec.size
+    images = ImageDataset(catalog.root, catalog.part(split="labelled"), size, catalog.classes, masks=True)
     if not len(images): return None
     cache = cached_features(detector.backbone, images, plan.dataset.fingerprint, batch, runtime)
     return LabelledAnomalies(detector, images, batch, runtime, cache)
@@ -152,29 +156,31 @@ def load_training_data(
     plan: ModelPlan,
     runtime: Runtime,
 ) -> TrainingData:
-    "What a model of a run trains on."
-    catalog, spec = plan.dataset.catalog, plan.resolved.spec
+    "What one model of a run trains on."
+    catalog, spec, batch = plan.dataset.catalog, plan.resolved.spec, plan.resolved.recipe.batch
     images = ImageDataset(catalog.root, catalog.part(split="train"), spec.size, catalog.classes)
     labelled = labelled_anomalies(detector, plan, runtime)
-    textures = drawn = None
-    if detector.needs & {"pairs", "textures"}: drawn = Defects(**detector.defects, seed=spec.seed, images=images)
-    if "pairs" in detector.needs: images.defects = drawn
-    if "textures" in detector.needs: textures = Textures(drawn, spec.size)
-    cache = cached_features(detector.backbone, images, plan.dataset.fingerprint, plan.resolved.recipe.batch, runtime)
-    return TrainingData(images, cache, labelled, textures, drawn.source if drawn else None)
+    cache = cached_features(detector.backbone, images, plan.dataset.fingerprint, batch, runtime)
+    data = TrainingData(images, cache, labelled)
+    if detector.needs & {"pairs", "textures"}:
+        defects = Defects(**detector.defects, seed=spec.seed, images=images)
+        data.texture_source = defects.source
+        if "pairs" in detector.needs: images.defects = defects
+        if "textures" in detector.needs: data.textures = Textures(defects, spec.size)
+    return data
 
 # %% ../../nbs/running/53_training.ipynb #f3f0b069
 OPTIMIZERS = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)
 
 def make_optimizer(detector, recipe):
     "The recipe's optimizer over the detector's parameter groups; each group remembers its own starting rate."
-    make = OPTIMIZERS[recipe.optimizer]
-    optimizer = make(detector.param_groups(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    settings = dict(lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    optimizer = OPTIMIZERS[recipe.optimizer](detector.param_groups(), **settings)
     for group in optimizer.param_groups: group["start"] = group["lr"]
     return optimizer
 
 def set_rates(optimizer, recipe, epoch: int):
-    "Set the learning rates of this epoch: divided by ten at each passed fraction in `recipe.drops`."
+    "Set the learning rates of an epoch: divided by ten for each fraction of `recipe.drops` that has passed."
     passed = sum(epoch >= fraction*recipe.epochs for fraction in recipe.drops)
     for group in optimizer.param_groups: group["lr"] = group["start"] * 0.1**passed
 
@@ -228,12 +234,12 @@ class History:
     "A CSV of loss terms per step: epoch, step, loss, then each term."
     def __init__(self,
         path: Path,
-        epochs_done: int = 0,  # lines of later epochs are dropped
+        epochs_done: int = 0,  # lines of these epochs are kept, those of later ones dropped
     ):
         self.path = path
-        old = list(csv.DictReader(path.open())) if path.is_file() else []
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
         path.write_text("")
-        for row in old:
+        for row in rows:
             if int(row["epoch"]) < epochs_done: self.write(row)
 
     def write(self, row: dict):
@@ -255,7 +261,7 @@ class RepeatableBatches:
     def __iter__(self): return self.make()
 
 def clean_batches(detector, data: TrainingData, batch: int, runtime: Runtime) -> RepeatableBatches:
-    "All that the hooks of a detector see: normal images, labelled anomalies, textures."
+    "The batches that the hooks of a detector see: normal images, labelled anomalies, textures."
     def one_pass():
         yield from feed(detector, data.images, batch, runtime, data.cache)
         if data.labelled: yield from data.labelled.batches(batch)
@@ -276,11 +282,11 @@ def train_epoch(
     recipe,
     seed: int,
     epoch: int,
-    precision: str,
+    precision: str,   # float32 | bfloat16
     runtime: Runtime,
-    record,           # called with (epoch, step, loss terms) after each step
+    record,           # a function that is called with (epoch, step, loss terms) after each step
 ):
-    "All steps of one epoch."
+    "Take all steps of one epoch."
     steps = -(-len(data.images)//recipe.batch)
     anomalies = data.labelled.random_batches(recipe.batch, seed, epoch) if data.labelled else None
     for i, batch in enumerate(feed(detector, data.images, recipe.batch, runtime, data.cache, seed, epoch)):
@@ -291,7 +297,7 @@ def train_epoch(
 
 # %% ../../nbs/running/53_training.ipynb #c0558939
 def train_epochs(detector, data, recipe, runtime, clean, seed, precision, folder, save_every, save_last):
-    "The epochs of `train`, whose arguments these are; `clean` are the batches of the hooks."
+    "Run the epochs of `train`; the arguments are those of `train`, and `clean`, the batches for the hooks."
     optimizer = make_optimizer(detector, recipe)
     done = load_checkpoint(folder/"checkpoint.pt", detector, optimizer) if folder else 0
     record = History(folder/"history.csv", done).add if folder else lambda *step: None
@@ -312,17 +318,18 @@ def train_epochs(detector, data, recipe, runtime, clean, seed, precision, folder
 def train(
     detector,
     data: TrainingData,
-    recipe,                      # epochs, batch, optimizer
+    recipe,                      # a detector's `Recipe`
     runtime: Runtime,
-    seed: int = 0,
+    seed: int = 0,               # decides weights that are drawn in hooks, order and synthetic defects
     precision: str = "float32",  # float32 | bfloat16
     folder: Path | None = None,  # for history.csv and checkpoint.pt; None: keep neither
     save_every: float = 120,     # seconds between checkpoints
     save_last: bool = False,     # save at the end of the last epoch too
 ):
-    "Train in place, resuming from the folder's checkpoint; raises `TrainingError` on a loss that is not finite."
+    "Train in place, from a checkpoint in `folder` if there is one; raises `TrainingError` (`check_finite`)."
     clean = clean_batches(detector, data, recipe.batch, runtime)
     seed_all(seed)
     call_hook(detector, detector.prepare, clean)
-    if recipe.epochs: train_epochs(detector, data, recipe, runtime, clean, seed, precision, folder, save_every, save_last)
+    if recipe.epochs:
+        train_epochs(detector, data, recipe, runtime, clean, seed, precision, folder, save_every, save_last)
     call_hook(detector, detector.finish, clean)
