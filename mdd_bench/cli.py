@@ -218,6 +218,7 @@ def print_study(swept, folder: Path):
     for f in swept.failures:
         print(f"FAILED {f.spec.detector}, seed {f.spec.seed}: {f.reason}\n       see {f.details}", file=sys.stderr)
 
+# %% ../nbs/cli.ipynb #2c5f9abb
 PARAMETER_HELP = ("name=value: a field of the run, where 'a,b,c' makes an axis; arms=a,b; or a parameter of a study without runs; "
                   "may be repeated")
 

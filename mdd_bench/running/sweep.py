@@ -158,6 +158,7 @@ class Swept:
     records: list[Record]
     failures: list[Failure]
 
+# %% ../../nbs/running/59_sweep.ipynb #4756051c
 def sweep(
     study: Study,
     out,                       # results folder

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXACT_PIXELS', 'THUMBNAIL', 'BatchPrediction', 'predictions', 'class_images', 'predict_class', 'true_mask',
-           'ClassOutcome', 'ClassTest', 'collect_samples', 'compute_replicates', 'evaluate_class', 'evaluate_classes',
-           'collect_metrics', 'ClassMaps', 'class_maps', 'calibration_scores', 'prediction_quality']
+           'ClassOutcome', 'evaluation_mode', 'ClassTest', 'collect_samples', 'compute_replicates', 'evaluate_class',
+           'evaluate_classes', 'collect_metrics', 'ClassMaps', 'class_maps', 'calibration_scores', 'prediction_quality']
 
 # %% ../../nbs/running/54_testing.ipynb #d7cc31e4
 import time
@@ -96,6 +96,11 @@ class ClassOutcome:
 # %% ../../nbs/running/54_testing.ipynb #cb82d037
 EXACT_PIXELS = 2**28
 
+def evaluation_mode(images: int, size: int) -> str:
+    "How the metrics of a class are computed: 'exact', or 'streaming' where it has too many pixels."
+    return "streaming" if images*size**2 > EXACT_PIXELS else "exact"
+
+# %% ../../nbs/running/54_testing.ipynb #ebed74d6
 class ClassTest:
     "Collects the outcome of one class, batch by batch."
     def __init__(self,
@@ -106,9 +111,8 @@ class ClassTest:
         self.plan, self.cls = plan, cls
         self.table = plan.dataset.catalog.part(cls=cls, split="test")
         self.defective = (self.table.kind != "good").to_numpy()
-        self.streamed = len(self.table)*plan.resolved.spec.size**2 > EXACT_PIXELS
-        mode = "streaming" if self.streamed else "exact"
-        self.evaluators = {name: ProtocolEvaluator(get_protocol(name), mode) for name in protocols}
+        self.mode = evaluation_mode(len(self.table), plan.resolved.spec.size)
+        self.evaluators = {name: ProtocolEvaluator(get_protocol(name), self.mode) for name in protocols}
         self.keeper, self.replicates = SampleKeeper(self.table), Replicates()
         self.order, self.extra = [], {}
         self.replicates_s = 0.
@@ -169,7 +173,7 @@ def evaluate_class(
     start = time.perf_counter()
     replicates = compute_replicates(test)
     seconds = test.replicates_s + time.perf_counter() - start
-    return ClassOutcome(results, scores, collect_samples(test), replicates, seconds, test.streamed)
+    return ClassOutcome(results, scores, collect_samples(test), replicates, seconds, test.mode == "streaming")
 
 # %% ../../nbs/running/54_testing.ipynb #37dcb4d7
 def evaluate_classes(

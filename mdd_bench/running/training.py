@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'seed_all', 'to_device', 'feed', 'cached_features', 'select', 'LabelledAnomalies', 'TrainingData',
            'labelled_anomalies', 'load_training_data', 'make_optimizer', 'set_rates', 'check_finite', 'train_step',
            'save_checkpoint', 'load_checkpoint', 'History', 'RepeatableBatches', 'clean_batches', 'call_hook',
-           'train_epoch', 'train', 'train_epochs']
+           'train_epoch', 'train_epochs', 'train']
 
 # %% ../../nbs/running/53_training.ipynb #3901292d
 import csv, math, os, random, time
@@ -91,6 +91,7 @@ def select(
     "The values at some positions, of the same type."
     return values[at] if torch.is_tensor(values) else [values[i] for i in at]
 
+# %% ../../nbs/running/53_training.ipynb #52d31068
 class LabelledAnomalies:
     "Labelled anomalies in memory: batches of `features`, `mask` [L, H, W], path, index, and cls where it is wanted."
     def __init__(self,
@@ -289,6 +290,25 @@ def train_epoch(
         runtime.progress("train", step + 1, recipe.epochs*steps)
 
 # %% ../../nbs/running/53_training.ipynb #c0558939
+def train_epochs(detector, data, recipe, runtime, clean, seed, precision, folder, save_every, save_last):
+    "The epochs of `train`, whose arguments these are; `clean` are the batches of the hooks."
+    optimizer = make_optimizer(detector, recipe)
+    done = load_checkpoint(folder/"checkpoint.pt", detector, optimizer) if folder else 0
+    record = History(folder/"history.csv", done).add if folder else lambda *step: None
+    saved = time.monotonic()
+    for epoch in range(done, recipe.epochs):
+        seed_all(seed, epoch + 1)
+        set_rates(optimizer, recipe, epoch)
+        detector.train()
+        train_epoch(detector, data, optimizer, recipe, seed, epoch, precision, runtime, record)
+        call_hook(detector, detector.on_epoch, epoch, clean)
+        last = epoch + 1 == recipe.epochs
+        due = save_last if last else time.monotonic() - saved >= save_every
+        if folder and due:
+            save_checkpoint(folder/"checkpoint.pt", detector, optimizer, epoch + 1)
+            saved = time.monotonic()
+
+# %% ../../nbs/running/53_training.ipynb #a544c99c
 def train(
     detector,
     data: TrainingData,
@@ -306,21 +326,3 @@ def train(
     call_hook(detector, detector.prepare, clean)
     if recipe.epochs: train_epochs(detector, data, recipe, runtime, clean, seed, precision, folder, save_every, save_last)
     call_hook(detector, detector.finish, clean)
-
-def train_epochs(detector, data, recipe, runtime, clean, seed, precision, folder, save_every, save_last):
-    "The epochs of `train`."
-    optimizer = make_optimizer(detector, recipe)
-    done = load_checkpoint(folder/"checkpoint.pt", detector, optimizer) if folder else 0
-    record = History(folder/"history.csv", done).add if folder else lambda *step: None
-    saved = time.monotonic()
-    for epoch in range(done, recipe.epochs):
-        seed_all(seed, epoch + 1)
-        set_rates(optimizer, recipe, epoch)
-        detector.train()
-        train_epoch(detector, data, optimizer, recipe, seed, epoch, precision, runtime, record)
-        call_hook(detector, detector.on_epoch, epoch, clean)
-        last = epoch + 1 == recipe.epochs
-        due = save_last if last else time.monotonic() - saved >= save_every
-        if folder and due:
-            save_checkpoint(folder/"checkpoint.pt", detector, optimizer, epoch + 1)
-            saved = time.monotonic()
