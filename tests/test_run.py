@@ -45,7 +45,7 @@ def assert_same_replicates(a, b):
     a, b = a.replicates(), b.replicates()
     assert a.keys() == b.keys()
     for cls in a:
-        for metric in KEYS: assert np.array_equal(a[cls][metric], b[cls][metric], equal_nan=True), (cls, metric)
+        for metric in KEYS: assert np.array_equal(a[cls][metric], b[cls][metric], equal_nan=True), metric
 
 def small_data(folder, classes=("gear", "tile")):
     "A folder of small data that a test may change."
