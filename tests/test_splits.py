@@ -414,8 +414,9 @@ def test_what_is_held_out_decides_no_weight(folder):
     assert len({r.training_id for r in resolved}) == 1
 
 def test_what_is_labelled_decides_weights(folder):
-    specs = [toy_spec(folder, labelled=n, hold_out=5, label_seed=seed) for n, seed in ((0, 0), (2, 0), (2, 1))]
-    assert len({resolve(spec).training_id for spec in specs}) == 3
+    draws = [dict(labelled=0), dict(labelled=2), dict(labelled=2, label_seed=1)]
+    resolved = [resolve(toy_spec(folder, hold_out=5, **labels)) for labels in draws]
+    assert len({r.training_id for r in resolved}) == 3
 
 def test_a_scheme_without_labels_is_no_part_of_the_identity(folder):
     plain = resolve(toy_spec(folder)).identity
