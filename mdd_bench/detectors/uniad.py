@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DIM', 'HEADS', 'HIDDEN', 'LAYERS', 'DROPOUT', 'align', 'as_tokens', 'jitter_tokens', 'neighbour_mask',
-           'neighbour_side', 'Attention', 'Positions', 'mlp', 'EncoderLayer', 'DecoderLayer', 'Transformer',
-           'window_score', 'odd_or_zero', 'UniAD']
+           'neighbour_side', 'Attention', 'Positions', 'mlp', 'EncoderLayer', 'DecoderLayer', 'copies', 'Transformer',
+           'window_score', 'odd_or_zero', 'finite_jitter', 'check_grid', 'grid_tokens', 'UniAD']
 
 # %% ../../nbs/detectors/25_uniad.ipynb #f75490cb
+import math
 from copy import deepcopy
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,15 @@ from ..parts.discrepancy import fuse_levels
 def align(
     features,  # of a pyramid: list of [B, C_i, H_i, W_i], finest first
 ):             # [B, sum of C_i, h, w]
-    "All levels on the grid of the last, bilinearly with aligned corners (released code: UniAD's neck)."
+    "Return all levels on the grid of the last, bilinearly with aligned corners (released code)."
     grid = features[-1].shape[-2:]
-    return torch.cat([F.interpolate(f, grid, mode="bilinear", align_corners=True) for f in features], 1)
+    resized = [F.interpolate(level, grid, mode="bilinear", align_corners=True) for level in features]
+    return torch.cat(resized, 1)
 
 def as_tokens(
     aligned,  # [B, C, h, w]
 ):            # [B, h*w, C], row by row
-    "Positions as tokens."
+    "Return the positions of a grid as tokens."
     return aligned.flatten(2).transpose(1, 2)
 
 # %% ../../nbs/detectors/25_uniad.ipynb #d32fcacb
@@ -35,129 +37,208 @@ def jitter_tokens(
     tokens,        # [B, N, C]
     scale: float,  # alpha
 ):                 # [B, N, C]
-    "Tokens with normal noise in proportion to their length (UniAD, feature jittering)."
+    "Return the tokens with normal noise in proportion to their length (UniAD, feature jittering)."
     return tokens + scale*tokens.norm(dim=2, keepdim=True)/tokens.shape[2]*torch.randn_like(tokens)
 
 # %% ../../nbs/detectors/25_uniad.ipynb #5b8061a7
 def neighbour_mask(
     grid,    # (h, w)
-    k: int,  # side of the square: odd, or 0 to bar nothing
+    k: int,  # side of the square: odd, or 0 to mask nothing
 ):           # [h*w, h*w] bool, True: row p must not attend to column q
-    "Which positions are neighbours (UniAD, neighbour masked attention)."
-    r, c = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    at = torch.stack([r.flatten(), c.flatten()])
-    return (at[:, :, None] - at[:, None]).abs().amax(0) <= (k - 1)//2
+    "Return which positions are neighbours (UniAD, neighbour masked attention)."
+    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    position = torch.stack([row.flatten(), column.flatten()])
+    distance = (position[:, :, None] - position[:, None]).abs().amax(0)
+    return distance <= (k - 1)//2
 
-# %% ../../nbs/detectors/25_uniad.ipynb #7429e8a9
+# %% ../../nbs/detectors/25_uniad.ipynb #ada95d72
 def neighbour_side(
-    grid,            # (h, w)
-    k: int = None,   # asked for; None: half of the shorter side, odd
+    grid,                   # (h, w)
+    k: int | None = None,   # what was asked for; None: half of the shorter side, odd
 ) -> int:
-    "The side of the barred square on this grid (ours); raises `SpecError` when some position could attend to nothing."
+    "Return the side of the masked square (ours); raises `SpecError` when a position could attend to nothing."
     most = max(2*(max(grid)//2) - 1, 0)
     side = max((min(grid)//2 - 1) | 1, 1) if k is None else k
-    if side > most: raise SpecError(f"neighbours={side} leaves a position of the {grid[0]} x {grid[1]} grid nothing to attend to", f"give at most {most}, larger images or finer levels")
+    if side > most:
+        where = f"of the {grid[0]} x {grid[1]} grid"
+        raise SpecError(f"neighbours={side} leaves a position {where} nothing to attend to",
+                        f"give at most {most}, larger images or finer levels")
     return side
 
-# %% ../../nbs/detectors/25_uniad.ipynb #b715b6c2
-DIM, HEADS, HIDDEN, LAYERS, DROPOUT = 256, 8, 1024, 4, .1      # released code
+# %% ../../nbs/detectors/25_uniad.ipynb #9e035764
+DIM = 256        # channels of a token inside the transformer (this and the others: released code)
+HEADS = 8        # of each attention
+HIDDEN = 1024    # units of the feed-forward part
+LAYERS = 4       # of the encoder, and of the decoder
+DROPOUT = .1
 
 class Attention(nn.MultiheadAttention):
-    "Neighbour masked attention: states x [B, N, D], memory m [B, N, D], positions e [N, D], barred [N, N] to [B, N, D]."
-    def __init__(self): super().__init__(DIM, HEADS, dropout=DROPOUT, batch_first=True)
-    def forward(self, x, m, e, barred): return super().forward(x + e, m + e, m, attn_mask=barred, need_weights=False)[0]
+    "Neighbour masked attention (UniAD; released code: positions and sizes)."
+    def __init__(self):
+        super().__init__(DIM, HEADS, dropout=DROPOUT, batch_first=True)
 
-# %% ../../nbs/detectors/25_uniad.ipynb #47ede4b4
+    def forward(self,
+        x,     # states that ask [B, N, DIM]
+        m,     # memory that is asked [B, N, DIM]
+        e,     # positions [N, DIM]
+        mask,  # [N, N] bool, True: must not attend
+    ):         # [B, N, DIM]
+        return super().forward(x + e, m + e, m, attn_mask=mask, need_weights=False)[0]
+
+# %% ../../nbs/detectors/25_uniad.ipynb #db18c2b4
 class Positions(nn.Module):
-    "Learned positions e [h*w, D] of a grid: D/2 channels of the column, D/2 of the row (released code)."
+    "Learned positions e [h*w, DIM] of a grid, for column and row half of the channels each (released code)."
     def __init__(self):
         super().__init__()
-        self.rows, self.columns = (nn.Parameter(torch.zeros(0, DIM//2)) for _ in range(2))
+        self.rows = nn.Parameter(torch.zeros(0, DIM//2))
+        self.columns = nn.Parameter(torch.zeros(0, DIM//2))
 
     @property
     def grid(self): return len(self.rows), len(self.columns)
 
-    def resize(self, grid): self.rows, self.columns = (nn.Parameter(self.rows.new_empty(n, DIM//2).uniform_()) for n in grid)
+    def resize(self, grid):
+        "Draw new positions for an (h, w) grid."
+        rows, columns = (self.rows.new_empty(n, DIM//2).uniform_() for n in grid)
+        self.rows, self.columns = nn.Parameter(rows), nn.Parameter(columns)
 
     def forward(self):
-        h, w = self.grid
-        return torch.cat([self.columns.expand(h, w, -1), self.rows[:, None].expand(h, w, -1)], 2).flatten(0, 1)
+        height, width = self.grid
+        column = self.columns.expand(height, width, -1)
+        row = self.rows[:, None].expand(height, width, -1)
+        return torch.cat([column, row], 2).flatten(0, 1)
 
 # %% ../../nbs/detectors/25_uniad.ipynb #f10c60f8
-def mlp(): return nn.Sequential(nn.Linear(DIM, HIDDEN), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, DIM))
+def mlp():
+    "Return the feed-forward part of a layer (released code)."
+    return nn.Sequential(nn.Linear(DIM, HIDDEN), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, DIM))
 
 class EncoderLayer(nn.Module):
-    "Tokens x [B, N, D], positions e [N, D], barred [N, N] to [B, N, D] (released code)."
+    "A layer of the encoder, normalised after each sum (released code)."
     def __init__(self):
         super().__init__()
-        self.attention, self.mlp, self.dropout = Attention(), mlp(), nn.Dropout(DROPOUT)
+        self.attention = Attention()
+        self.mlp = mlp()
+        self.dropout = nn.Dropout(DROPOUT)
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(2))
 
-    def forward(self, x, e, barred):
-        x = self.norms[0](x + self.dropout(self.attention(x, x, e, barred)))
+    def forward(self,
+        x,     # tokens [B, N, DIM]
+        e,     # positions [N, DIM]
+        mask,  # [N, N] bool
+    ):         # [B, N, DIM]
+        x = self.norms[0](x + self.dropout(self.attention(x, x, e, mask)))
         return self.norms[1](x + self.dropout(self.mlp(x)))
 
 # %% ../../nbs/detectors/25_uniad.ipynb #1ce7bc09
 class DecoderLayer(nn.Module):
-    "Memory m and the previous layer's y, both [B, N, D], positions e [N, D], barred [N, N] to [B, N, D] (UniAD, layer-wise query decoder)."
+    "A layer of the decoder, with queries of its own (UniAD, layer-wise query decoder)."
     def __init__(self):
         super().__init__()
         self.queries = nn.Parameter(torch.zeros(0, DIM))
-        self.memory, self.previous, self.mlp, self.dropout = Attention(), Attention(), mlp(), nn.Dropout(DROPOUT)
+        self.memory = Attention()
+        self.previous = Attention()
+        self.mlp = mlp()
+        self.dropout = nn.Dropout(DROPOUT)
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(3))
 
-    def forward(self, m, y, e, barred):
+    def forward(self,
+        m,     # the encoder's result [B, N, DIM]
+        y,     # the previous layer's result [B, N, DIM]
+        e,     # positions [N, DIM]
+        mask,  # [N, N] bool
+    ):         # [B, N, DIM]
         x = self.queries.expand(len(m), -1, -1)
-        x = self.norms[0](x + self.dropout(self.memory(x, m, e, barred)))
-        x = self.norms[1](x + self.dropout(self.previous(x, y, e, barred)))
+        x = self.norms[0](x + self.dropout(self.memory(x, m, e, mask)))
+        x = self.norms[1](x + self.dropout(self.previous(x, y, e, mask)))
         return self.norms[2](x + self.dropout(self.mlp(x)))
 
 # %% ../../nbs/detectors/25_uniad.ipynb #af20c4c2
+def copies(layer): return nn.ModuleList(deepcopy(layer) for _ in range(LAYERS))
+
 class Transformer(nn.Module):
     "Tokens [B, N, C] to rebuilt tokens [B, N, C], on the grid of the last `resize` (released code)."
     def __init__(self, channels: int):
         super().__init__()
-        self.enter, self.leave, self.norm, self.positions = nn.Linear(channels, DIM), nn.Linear(DIM, channels), nn.LayerNorm(DIM), Positions()
-        self.encoder, self.decoder = (nn.ModuleList(deepcopy(layer) for _ in range(LAYERS)) for layer in (EncoderLayer(), DecoderLayer()))
-        self.register_buffer("barred", torch.zeros(0, 0, dtype=torch.bool), persistent=False)
+        self.enter = nn.Linear(channels, DIM)
+        self.leave = nn.Linear(DIM, channels)
+        self.norm = nn.LayerNorm(DIM)
+        self.positions = Positions()
+        self.encoder = copies(EncoderLayer())
+        self.decoder = copies(DecoderLayer())
+        self.register_buffer("mask", torch.zeros(0, 0, dtype=torch.bool), persistent=False)
         for part in self.modules():
-            if isinstance(part, nn.Linear): nn.init.xavier_uniform_(part.weight); nn.init.zeros_(part.bias)
+            if isinstance(part, nn.Linear):
+                nn.init.xavier_uniform_(part.weight)
+                nn.init.zeros_(part.bias)
 
     def resize(self, grid, k: int):
-        "New positions, queries and mask, for an (h, w) grid and a barred square of side k."
+        "Draw new positions and queries, and set the mask, for an (h, w) grid and a masked square of side k."
         self.positions.resize(grid)
         start = torch.randn_like(self.positions())
         for layer in self.decoder: layer.queries = nn.Parameter(start.clone())
-        self.barred = neighbour_mask(grid, k).to(start.device)
+        self.mask = neighbour_mask(grid, k).to(start.device)
 
     def forward(self, tokens):
         e, m = self.positions(), self.enter(tokens)
-        for layer in self.encoder: m = layer(m, e, self.barred)
+        for layer in self.encoder: m = layer(m, e, self.mask)
         y = m
-        for layer in self.decoder: y = layer(m, y, e, self.barred)
+        for layer in self.decoder: y = layer(m, y, e, self.mask)
         return self.leave(self.norm(y))
 
 # %% ../../nbs/detectors/25_uniad.ipynb #b75ae9d6
 def window_score(
     maps,  # [B, H, W]
 ):         # [B]
-    "The largest mean in a window of 16 x 16 pixels at 224 (released code), as large a part of the map at other sizes (ours)."
+    """Return the largest mean in a window of 16 x 16 pixels at 224 (released code).
+
+    At other sizes the window is as large a part of the map (ours).
+    """
     window = [max(1, round(16*side/224)) for side in maps.shape[-2:]]
     return F.avg_pool2d(maps[:, None], window, stride=1).amax((1, 2, 3))
 
 # %% ../../nbs/detectors/25_uniad.ipynb #71623d61
 def odd_or_zero(side: int):
-    "Raise `SpecError` for an even side of the barred square."
+    "Raise `SpecError` for an even side of the masked square."
     if side and side % 2 == 0:
-        raise SpecError(f"neighbours={side}", "give an odd number, so that the position is in the middle, or 0 for no mask")
+        raise SpecError(f"neighbours={side}",
+                        "give an odd number, so that the position is in the middle, or 0 for no mask")
 
+def finite_jitter(jitter: float):
+    "Raise `SpecError` for infinite jitter."
+    if math.isinf(jitter): raise SpecError(f"jitter={jitter}", "give a finite number, or 0 for no jitter")
+
+# %% ../../nbs/detectors/25_uniad.ipynb #7574c044
+def check_grid(
+    trained,  # (h, w) of the model, (0, 0) before it knows one
+    given,    # (h, w) of features
+):
+    "Raise `SpecError` for features on another grid than the model's."
+    if trained == (0, 0):
+        raise SpecError("this uniad does not know its grid yet", "call prepare, or load a trained one")
+    if trained != given:
+        (h, w), (height, width) = given, trained
+        raise SpecError(f"features on a {h} x {w} grid for a uniad trained on {height} x {width}",
+                        "give images of the training's size, or train at this one")
+
+def grid_tokens(
+    features,  # of a pyramid
+    trained,   # (h, w) of the model
+):             # [B, h*w, C]
+    "Return clean tokens; raises `SpecError` for features on another grid than the model's."
+    aligned = align(features)
+    check_grid(trained, tuple(aligned.shape[-2:]))
+    return as_tokens(aligned)
+
+# %% ../../nbs/detectors/25_uniad.ipynb #237261ee
 @register("uniad")
 class UniAD(Detector):
-    "A transformer with layer-wise queries and neighbour masked attention that rebuilds jittered features (UniAD, NeurIPS 2022)."
-    recipe = Recipe(epochs=1000, batch=8, optimizer="adamw", lr=1e-4, weight_decay=1e-4, drops=(.8,), clip=.1, backbone="efficientnet_b4", strides=(2, 4, 8, 16))
+    "A transformer with layer-wise queries and masked attention that rebuilds features (UniAD, NeurIPS 2022)."
+    recipe = Recipe(epochs=1000, batch=8, optimizer="adamw", lr=1e-4, weight_decay=1e-4, drops=(.8,), clip=.1,
+                    backbone="efficientnet_b4", strides=(2, 4, 8, 16))
 
-    neighbours: int | None = option(None, least=0, most=10**6, check=odd_or_zero, help="side of the square that a position does not attend to; 0: no mask; none: half of the grid")
-    jitter: float = option(20., least=0, most=1e6, help="alpha of the noise on the tokens in training; 0: none")
+    neighbours: int | None = option(None, least=0, check=odd_or_zero,
+        help="side of the masked square, odd; 0: no mask; none: half of the grid")
+    jitter: float = option(20., least=0, check=finite_jitter, help="alpha of the training noise; 0: no noise")
 
     def __init__(self, backbone, classes=1, **options):
         super().__init__(backbone, classes, **options)
@@ -170,19 +251,13 @@ class UniAD(Detector):
     def prepare(self, batches): self.resize(tuple(next(iter(batches))["features"][-1].shape[-2:]))
     def facts(self): return dict(grid=list(self.grid), neighbours=neighbour_side(self.grid, self.neighbours))
 
-    def tokens(self, features):
-        "Clean tokens [B, N, C]; raises `SpecError` on another grid than the one prepared for."
-        aligned = align(features); h, w = aligned.shape[-2:]
-        if self.grid == (0, 0): raise SpecError("this uniad does not know its grid yet", "call prepare, or load a trained one")
-        if self.grid != (h, w): raise SpecError(f"features on a {h} x {w} grid for a uniad trained on {self.grid[0]} x {self.grid[1]}", "give images of the training's size, or train at this one")
-        return as_tokens(aligned)
-
     def losses(self, batch):
-        clean = self.tokens(batch["features"])
-        return dict(reconstruction=F.mse_loss(self.transformer(jitter_tokens(clean, self.jitter) if self.training else clean), clean))
+        clean = grid_tokens(batch["features"], self.grid)
+        given = jitter_tokens(clean, self.jitter) if self.training else clean
+        return dict(reconstruction=F.mse_loss(self.transformer(given), clean))
 
     def predict(self, features, size):
-        clean = self.tokens(features)
+        clean = grid_tokens(features, self.grid)
         distance = (self.transformer(clean) - clean).norm(dim=2)
         maps = fuse_levels([distance.unflatten(1, self.grid)], size)
         return Prediction(maps, window_score(maps))

@@ -36,9 +36,9 @@ def stretch_sums(
     q, rest = np.divmod(np.arange(n + 1)*len(x), n)
     rest = rest.reshape(-1, *[1]*(x.ndim - 1))
     zero = np.zeros_like(x[:1])
-    sums_before = np.concatenate([zero, np.cumsum(x, axis=0)])
-    padded = np.concatenate([x, zero])
-    return np.diff(n*sums_before[q] + rest*padded[q], axis=0)
+    whole = np.concatenate([zero, np.cumsum(x, axis=0)])[q]
+    cut = np.concatenate([x, zero])[q]
+    return np.diff(n*whole + rest*cut, axis=0)
 
 
 def at_least_half(
@@ -447,9 +447,9 @@ def raw_batch(
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #348a0e96
 def evaluation_size(
-    protocol: Protocol,
-    mask,      # bool [H0, W0], or None for a good image
-    map_size,  # (H, W)
+    protocol: Protocol,  # the one that says the size
+    mask,                # bool [H0, W0], or None for a good image
+    map_size,            # (H, W)
 ) -> tuple[int, int]:
     "Where the pixels of an image are compared. ValueError when only a mask could say it, and there is none."
     if protocol.size is None: return tuple(map_size)
@@ -480,8 +480,8 @@ class EvaluatedBatch(NamedTuple):
 
 
 def evaluate_part(
-    protocol: Protocol,
-    batch: RawBatch,
+    protocol: Protocol,  # the rules
+    batch: RawBatch,     # all images of the batch
     index,               # int [b]: the positions of images that are compared at one size
     size,                # (H, W): that size
 ) -> EvaluatedBatch:
@@ -496,8 +496,8 @@ def evaluate_part(
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #179fe2ea
 def evaluate_batch(
-    protocol: Protocol,
-    batch: RawBatch,
+    protocol: Protocol,     # the rules
+    batch: RawBatch,        # the images
 ) -> list[EvaluatedBatch]:  # one for each size, in order of appearance
     "A batch under a protocol. ValueError when the size of an image is not known."
     sizes = [evaluation_size(protocol, mask, batch.maps.shape[1:]) for mask in batch.masks]
@@ -514,8 +514,8 @@ class KindEvaluators:
         self.protocol, self.mode = protocol, mode
         self.evaluators = {}                    # "good" or the defect kind -> Evaluator
 
-    def update(self, part: EvaluatedBatch, kinds):
-        "Add each image to the evaluator of its kind, of B names."
+    def update(self, part: EvaluatedBatch, kinds):  # kinds: a name for each image
+        "Add each image to the evaluator of its kind."
         for kind in dict.fromkeys(kinds):
             if kind not in self.evaluators: self.evaluators[kind] = self.protocol.evaluator(self.mode)
             chosen = [i for i, other in enumerate(kinds) if other == kind]
@@ -567,13 +567,13 @@ class ProtocolEvaluator:
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #9f37b57c
 def evaluate(
-    protocol: Protocol,
-    maps,          # raw [B, H, W], array or tensor
-    own_scores,    # [B], or None
-    masks,         # B masks at their own resolution: bool [H0, W0], or None for a good image
-    labels,        # bool [B]: anomalous images, from the folder
-    kinds,         # B names: "good" or the defect kind
-    mode="exact",  # exact | streaming
+    protocol: Protocol,  # the rules
+    maps,                # raw [B, H, W], array or tensor
+    own_scores,          # [B], or None
+    masks,               # B masks at their own resolution: bool [H0, W0], or None for a good image
+    labels,              # bool [B]: anomalous images, from the folder
+    kinds,               # B names: "good" or the defect kind
+    mode="exact",        # exact | streaming
 ) -> ClassResult:
     "A class in one batch: `ProtocolEvaluator.update`, then `ProtocolEvaluator.result`."
     evaluator = ProtocolEvaluator(protocol, mode)
