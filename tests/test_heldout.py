@@ -3,6 +3,7 @@ import os, shutil
 import numpy as np
 import pytest
 from PIL import Image
+from mdd_bench.data import datasets
 from mdd_bench.data import heldout as module
 from mdd_bench.data.catalog import read_catalog, verify
 from mdd_bench.data.datasets import dataset_folder
@@ -241,7 +242,7 @@ def test_what_was_interrupted_is_drawn_again(source, cache, monkeypatch, tmp_pat
 
 def test_data_becomes_a_folder(source, folder, monkeypatch):
     def patched(name): return source if name == "embedded-v1-smoke" else embedded(name)
-    monkeypatch.setattr(module, "embedded", patched)
+    monkeypatch.setattr(datasets, "embedded", patched)
     assert dataset_folder(str(source)) == source and dataset_folder(source) == source
     assert dataset_folder("embedded-v1-smoke") == source
     assert dataset_folder(f"heldout:{source}") == folder == dataset_folder("heldout:embedded-v1-smoke")

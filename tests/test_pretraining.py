@@ -13,7 +13,8 @@ from mdd_bench.parts.pretraining import (
     RECIPE, Learner, Pool, draw_positions, marks_loss, materials_loss, places_loss, pretrain, tasks_in,
     to_photograph, to_picture, trained_file, views, write_weights,
 )
-from mdd_bench.running.run import prepare, run
+from mdd_bench.running.identity import resolve
+from mdd_bench.running.run import run
 from mdd_bench.running.spec import make_spec
 
 TINY = dict(backbone="test_resnet", task="places+materials", steps=2)
@@ -227,8 +228,8 @@ def test_procedural_weights_fit_one_network():
     with pytest.raises(WeightsError, match="reach stride 16"): Backbone(PROCEDURAL, "procedural", [1, 2, 4])
 
 def test_they_bring_their_network(recwarn):
-    prepared = prepare(make_spec(**SMOKE, size=64, weights="procedural"))
-    assert prepared.backbone.name == PROCEDURAL and prepared.backbone.strides == [8, 16]
+    backbone = resolve(make_spec(**SMOKE, size=64, weights="procedural")).backbone
+    assert backbone.name == PROCEDURAL and backbone.strides == [8, 16]
     assert not [w for w in recwarn if "RANDOM" in str(w.message)]
 
 def test_procedural_features_find_more_than_random_ones(tmp_path):

@@ -10,14 +10,18 @@ from mdd_bench.data.synthetic import embedded
 from mdd_bench.data.splits import SCHEMES, draw, follow, largest_draw, pools, set_aside, shuffled
 from mdd_bench.data.splits import read_manifest, write_manifest
 from mdd_bench.detectors import detector as registry
-from mdd_bench.detectors.detector import Detector, Prediction, Recipe, labelled, normal, textures
+from mdd_bench.detectors.detector import (
+    Detector, Prediction, Recipe, labelled_batches, normal_batches, texture_batches,
+)
 from mdd_bench.errors import DataError, SpecError
 from mdd_bench.reporting.tables import caption, seen_and_unseen, summary
-from mdd_bench.running import run as running
-from mdd_bench.running import training
-from mdd_bench.running.run import prepare, run, test_maps as maps_of
+from mdd_bench.running import models, training
+from mdd_bench.running.identity import model_plans, resolve
+from mdd_bench.running.reuse import predict_maps
+from mdd_bench.running.run import run
+from mdd_bench.running.runtime import Runtime
 from mdd_bench.running.spec import make_spec
-from mdd_bench.running.sweep import load_study
+from mdd_bench.running.study import load_study
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*RANDOM", "ignore::mdd_bench.evaluation.metrics.UndefinedMetric"
@@ -83,17 +87,21 @@ class Toy(Detector):
     defects = dict(textures="procedural")
     seen = {}
 
-    def __init__(self, backbone, classes=1):
-        super().__init__(backbone, classes)
+    def __init__(self, backbone, classes=1, **options):
+        super().__init__(backbone, classes, **options)
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.register_buffer("mean", torch.zeros(backbone.channels[0]))
         self.register_buffer("bad", torch.zeros(backbone.channels[0]))
 
     def prepare(self, batches):
-        self.mean = mean_feature(normal(batches))
-        if list(labelled(batches)): self.bad = mean_feature(labelled(batches))
-        Toy.seen = dict(normal=paths_of(normal(batches)), labelled=paths_of(labelled(batches)),
-                        textures=images_of(textures(batches)), steps=[])
+        self.mean = mean_feature(normal_batches(batches))
+        if list(labelled_batches(batches)): self.bad = mean_feature(labelled_batches(batches))
+        Toy.seen = dict(
+            normal=paths_of(normal_batches(batches)),
+            labelled=paths_of(labelled_batches(batches)),
+            textures=images_of(texture_batches(batches)),
+            steps=[],
+        )
 
     def losses(self, batch):
         known = batch.get("labelled")
@@ -379,54 +387,63 @@ def test_a_record_describes_its_labels(labelled_run):
 
 def test_with_computed_features_the_bits_are_the_same(folder, tmp_path):
     spec = toy_spec(folder, labelled=2)
-    stored = run(spec, tmp_path/"stored")
-    computed = run(spec, tmp_path/"computed", store_gb=0)
-    assert stored.metrics == computed.metrics and stored.scores().equals(computed.scores())
+    cached = run(spec, tmp_path/"cached")
+    computed = run(spec, tmp_path/"computed", Runtime(cache_gb=0))
+    assert (cached.cost["features"], computed.cost["features"]) == ("cached", "computed")
+    assert cached.metrics == computed.metrics and cached.scores().equals(computed.scores())
 
 def test_the_identity_is_what_was_drawn(folder, tmp_path):
     spec = toy_spec(folder, labelled=3, hold_out=5)
-    write_manifest(prepare(spec).manifest, tmp_path/"m.json")
+    write_manifest(resolve(spec).dataset.manifest, tmp_path/"m.json")
     from_file = toy_spec(folder, manifest=str(tmp_path/"m.json"))
     same, other = replace(spec, label_seed=0), replace(spec, label_seed=1)
-    assert prepare(from_file).id == prepare(spec).id == prepare(same).id != prepare(other).id
-    assert run(from_file, tmp_path).spec["label_seed"] == 0
-    assert run(spec, tmp_path).spec["labelled"] == 3
+    assert resolve(from_file).identity == resolve(spec).identity == resolve(same).identity
+    assert resolve(other).run_id != resolve(spec).run_id
+    record = run(from_file, tmp_path)
+    assert record.spec["label_seed"] == 0 and record.spec["labelled"] == 3 and record.spec["manifest"] is None
+    assert run(spec, tmp_path).folder == record.folder
 
 def test_the_order_of_classes_is_no_part_of_the_identity(folder):
-    assert prepare(toy_spec(folder, classes="tile,bolt,felt")).id == prepare(toy_spec(folder)).id
+    backwards = toy_spec(folder, classes="tile,bolt,felt")
+    assert resolve(backwards).run_id == resolve(toy_spec(folder)).run_id
 
 def test_what_is_held_out_decides_no_weight(folder):
     specs = [toy_spec(folder), toy_spec(folder, hold_out=5), toy_spec(folder, hold_out=5, label_seed=1)]
-    prepared = [prepare(spec) for spec in specs]
-    assert len({p.id for p in prepared}) == 3
-    assert len({p.trained for p in prepared}) == 1
+    resolved = [resolve(spec) for spec in specs]
+    assert len({r.run_id for r in resolved}) == 3
+    assert len({r.training_id for r in resolved}) == 1
+
+def test_what_is_labelled_decides_weights(folder):
+    draws = [dict(labelled=0), dict(labelled=2), dict(labelled=2, label_seed=1)]
+    resolved = [resolve(toy_spec(folder, hold_out=5, **labels)) for labels in draws]
+    assert len({r.training_id for r in resolved}) == 3
 
 def test_a_scheme_without_labels_is_no_part_of_the_identity(folder):
-    plain = prepare(toy_spec(folder)).canonical
-    assert prepare(toy_spec(folder, scheme="per_kind", label_seed=4)).canonical == plain
-    assert "labelled" not in plain
+    plain = resolve(toy_spec(folder)).identity
+    assert resolve(toy_spec(folder, scheme="per_kind", label_seed=4)).identity == plain
+    assert "labelled" not in plain and "test" not in plain
 
-def fit_alone(prepared, folder):
-    "The fitted detector of a prepared run; nothing is tested."
-    detector, *_ = running._trained(prepared, "", folder, torch.device("cpu"), 0, 0, lambda *a: None, None)
-    return detector
+def fit_alone(resolved, folder):
+    "The fitted detector of a run; nothing is tested, and nothing comes from the cache."
+    [plan] = model_plans(resolved)
+    return models.fit(plan, Runtime("cpu", cache_gb=0), folder).detector
 
 def test_without_labels_no_anomalous_image_is_opened_in_training(copy, tmp_path, toy):
-    prepared = prepare(toy_spec(copy, hold_out=3))
+    resolved = resolve(toy_spec(copy, hold_out=3))
     for c in KINDS:
         for kind in KINDS[c]: shutil.rmtree(copy/c/"test"/kind)
         shutil.rmtree(copy/c/"ground_truth")
-    detector = fit_alone(prepared, tmp_path)
+    detector = fit_alone(resolved, tmp_path)
     assert toy.seen["labelled"] == [] and set(toy.seen["steps"]) == {None} and detector.mean.abs().sum() > 0
 
 @pytest.mark.parametrize("detector", ["dmad", "bgad"])
 def test_detectors_that_learn_from_labels_need_none(copy, tmp_path, detector):
     "Every anomalous image is gone before the training begins."
-    prepared = prepare(toy_spec(copy, hold_out=3, detector=detector, epochs=1))
+    resolved = resolve(toy_spec(copy, hold_out=3, detector=detector, epochs=1))
     for c in KINDS:
         shutil.rmtree(copy/c/"test")
         shutil.rmtree(copy/c/"ground_truth")
-    fitted = fit_alone(prepared, tmp_path)
+    fitted = fit_alone(resolved, tmp_path)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert fitted(images).map.isfinite().all()
 
@@ -438,12 +455,12 @@ def test_the_order_of_classes_does_not_change_the_result(folder, tmp_path):
 
 def test_labels_for_a_detector_that_learns_from_none_are_refused(folder):
     with pytest.raises(SpecError, match="rd4ad does not learn.*toy"):
-        prepare(toy_spec(folder, detector="rd4ad", labelled=1))
-    prepare(toy_spec(folder, detector="rd4ad", hold_out=1))
+        resolve(toy_spec(folder, detector="rd4ad", labelled=1))
+    assert resolve(toy_spec(folder, detector="rd4ad", hold_out=1)).dataset.manifest["files"] == {}
 
 def test_an_empty_mask_is_named(copy, tmp_path):
     spec = toy_spec(copy, labelled=1)
-    name = next(iter(prepare(spec).manifest["files"]))
+    name = next(iter(resolve(spec).dataset.manifest["files"]))
     mask = copy/read_catalog(copy).part(path=name)["mask"].item()
     save(mask, np.zeros((64, 64)))
     with pytest.raises(DataError, match=f"{mask.name} is empty"): run(spec, tmp_path/"out")
@@ -531,19 +548,19 @@ def test_kept_separate_models_are_tested_under_other_protocols(folder, separate_
     first, out = separate_run
     both = run(toy_spec(folder, **SEPARATE, protocols=["exact", "ader"]), out)
     assert both.id == first.id and list(both.metrics) == ["exact", "ader"]
-    assert [m["cls"] for m in maps_of(toy_spec(folder, **SEPARATE), out)] == list(KINDS)
+    assert [maps.cls for maps in predict_maps(toy_spec(folder, **SEPARATE), out)] == list(KINDS)
 
 def test_separate_models_that_are_done_are_not_trained_again(folder, tmp_path, monkeypatch):
     spec = toy_spec(folder, setting="separate", detector="rd4ad", epochs=1)
-    models, steps = [], []
+    trained, steps = [], []
 
     def stop_at_the_third(*args, **kwargs):
-        models.append(args)
-        if len(models) == 3: raise KeyboardInterrupt
+        trained.append(args)
+        if len(trained) == 3: raise KeyboardInterrupt
         return training.train(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "train", stop_at_the_third)
+        patch.setattr(models, "train", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt): run(spec, tmp_path/"broken")
 
     plain_step = training.train_step
