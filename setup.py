@@ -22,5 +22,8 @@ setuptools.setup(
     package_data={lib: ["*.csv", "*.safetensors"], studies: ["*.yaml", "*.ipynb", "*.py"]},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={"dev": shlex.split(cfg["dev_requirements"])},
-    entry_points={"nbdev": [f"{lib}={lib}._modidx:d"], "console_scripts": shlex.split(cfg["console_scripts"])},
+    entry_points={
+        "nbdev": [f"{lib}={lib}._modidx:d"],
+        "console_scripts": shlex.split(cfg["console_scripts"]),
+    },
 )

@@ -6,11 +6,12 @@
 __all__ = ['app', 'DATA_HELP', 'SkipBroken', 'LABEL_FIELDS', 'LABEL_FLAGS', 'RUNTIME', 'RESULTS', 'Device', 'Workers', 'CacheGb',
            'Out', 'KeepModel', 'BAR', 'HEADINGS', 'RUN_FLAGS', 'PARAMETER_HELP', 'INTERRUPTED', 'FULL', 'FORBIDDEN',
            'NO_PLACE', 'version', 'detectors', 'protocols', 'studies', 'datasets', 'value_name', 'flag_help', 'flag',
-           'keyword_parameter', 'spec_flags', 'as_options', 'labels', 'print_record', 'run_command', 'pretrain',
-           'print_study', 'sweep', 'format_warning', 'main']
+           'keyword_parameter', 'spec_flags', 'as_options', 'labels', 'print_record', 'run_command', 'show_step',
+           'pretrain', 'print_study', 'sweep', 'format_warning', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
 import errno, inspect, sys, warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -218,6 +219,11 @@ def run_command(
     print_record(record)
 
 # %% ../nbs/cli.ipynb #9f39ffff
+def show_step(bar, step: int, losses: dict):
+    "Move a progress bar by one training step, and show the sum of its losses."
+    bar.set_postfix_str(f"loss {sum(v.item() for v in losses.values()):.2f}", refresh=False)
+    bar.update()
+
 @app.command()
 def pretrain(
     backbone: Annotated[str | None, typer.Option(metavar="TEXT", help="a timm model; none: ours")] = None,
@@ -245,9 +251,7 @@ def pretrain(
     if out and out.suffix != ".safetensors":
         raise SpecError(f"--out {out}", "give a file that ends in .safetensors")
     with tqdm(total=recipe["steps"], disable=None, file=sys.stderr) as bar:
-        def show(step, losses):
-            bar.set_postfix_str(f"loss {sum(v.item() for v in losses.values()):.2f}", refresh=False)
-            bar.update()
+        show = partial(show_step, bar)
         file = trained_file(cache_dir()/"pretrained", **recipe, device=choose_device(device), progress=show)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

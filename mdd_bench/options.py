@@ -8,7 +8,7 @@ __all__ = ['NAMED_VALUES', 'CONVERTERS', 'parse_value', 'as_int', 'as_float', 'a
            'holds', 'forcing_condition', 'complete_options', 'chosen_options', 'describe_values']
 
 # %% ../nbs/00a_options.ipynb #f6300775
-import ast
+import ast, math
 import types
 from typing import Any, get_args, get_origin
 from .errors import SpecError, unknown
@@ -158,7 +158,7 @@ def checked_value(
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     too_small = number and declared.least is not None and not value >= declared.least
     too_large = number and declared.most is not None and not value <= declared.most
-    if too_small or too_large or value != value:
+    if too_small or too_large or (number and not math.isfinite(value)):
         raise SpecError(f"{name}={value!r}", f"give {describe_range(declared)}")
     if declared.check: declared.check(value)
     return value

@@ -49,7 +49,7 @@ class DataFields:
         None, "share of the training images that is kept out of training and scored; none: no images",
         least=0, most=1, group="Data")
     backbone: str | None = spec_field(
-        None, "a timm model; none: that of the procedural weights, or of the detector's recipe",
+        None, "a timm model; none: that of the weights, or of the detector's recipe",
         group="Features")
     weights: str = spec_field(
         "pretrained", "of the backbone: pretrained (timm's), procedural (ours), random, or a file",
@@ -86,13 +86,13 @@ class TrainingFields:
     "Which method is trained, and how."
     detector: str = spec_field(
         "mddnet", "a name of mdd_bench detectors, or path/to/file.py:Class", group="Detector")
-    options: dict = spec_field({}, "of the detector, name=value", group="Detector")
+    options: dict = spec_field({}, "of the detector", group="Detector")
     setting: str = spec_field(
         "unified", "one model for all classes, or one for each, merged into one record",
         choices=SETTINGS, group="Detector")
     seed: int = spec_field(0, "decides weights, order and synthetic defects", least=0, group="Training")
     epochs: int | str | None = spec_field(
-        None, "passes over the training images, or a share of the recipe, as 10%; none: the recipe",
+        None, "passes over the training images; 10%: of the recipe's; none: the recipe's",
         least=0, convert=as_epochs, group="Training")
     batch: int | None = spec_field(
         None, "images in a step; none: the detector's recipe", least=1, group="Training")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BAR', 'flags', 'plain_command', 'notebook_command', 'Failure', 'run_process', 'failure_reason', 'make_record',
-           'run_label', 'shared_trainings', 'make_records', 'check_sweep', 'Swept', 'sweep', 'sweep_notebook',
-           'without_timing', 'execute_study']
+           'run_label', 'shared_trainings', 'make_records', 'check_sweep', 'Swept', 'is_done', 'sweep',
+           'sweep_notebook', 'without_timing', 'execute_study']
 
 # %% ../../nbs/running/59_sweep.ipynb #5c7a4fa3
 import base64, json, subprocess, sys, tempfile
@@ -19,7 +19,7 @@ from ..errors import SpecError
 from .identity import Resolved, resolve
 from .runtime import read_progress
 from .spec import RunSpec
-from .store import Record, Store
+from .store import Record, Store, find_model
 from .study import SETTINGS, NamedSpec, Study, given, load_study, study_path
 
 # %% ../../nbs/running/59_sweep.ipynb #efa48b24
@@ -171,6 +171,16 @@ class Swept:
     failures: list[Failure]
 
 # %% ../../nbs/running/59_sweep.ipynb #80dc31df
+def is_done(
+    resolved: Resolved,
+    store: Store,
+    keep_model: bool,
+) -> bool:
+    "Whether nothing is left to make of a run."
+    if not store.has(resolved.run_id, resolved.spec.protocols): return False
+    return not keep_model or find_model(store, resolved.run_id, resolved.training_id) is not None
+
+# %% ../../nbs/running/59_sweep.ipynb #dc66e31e
 def sweep(
     study: Study,
     out,                       # results folder
@@ -190,7 +200,7 @@ def sweep(
         for n in named:
             resolved = resolve(n.spec)
             runs[resolved.run_id] = (resolved, run_label(n))
-        missing = [(r, label) for r, label in runs.values() if not store.has(r.run_id, r.spec.protocols)]
+        missing = [(r, label) for r, label in runs.values() if not is_done(r, store, keep_model)]
         bar.total, bar.leave = len(missing), bool(missing)
         shared = shared_trainings([r for r, _ in runs.values()])
         failures = make_records(missing, store, plain, settings, shared, bar)
