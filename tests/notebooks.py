@@ -1,7 +1,7 @@
 """Keeps the notebooks true to the code, for `make notebooks`.
 
-The parameter cells of the study notebooks are written from the declarations of the library. The lesson notebooks
-whose code changed are executed, cleaned and stamped with the hash of their code.
+The parameter cells of the study notebooks are written from the declarations of the library. The lesson
+notebooks whose code changed are executed, cleaned and stamped with the hash of their code.
 
 python tests/notebooks.py           what is out of date
 python tests/notebooks.py --all     everything
@@ -52,8 +52,8 @@ def clean(path):
 def refresh(path):
     "Execute, stamp, clean."
     env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "MPLBACKEND": ""}
-    execute = [BIN/"jupyter", "nbconvert", "--log-level", "ERROR", "--to", "notebook", "--execute", "--inplace"]
-    subprocess.run([*execute, path], check=True, env=env)
+    options = ["--log-level", "ERROR", "--to", "notebook", "--execute", "--inplace"]
+    subprocess.run([BIN/"jupyter", "nbconvert", *options, path], check=True, env=env)
     notebook = read(path)
     notebook["metadata"]["mdd_bench"] = {"executed": code_hash(path)}
     write(path, notebook)
