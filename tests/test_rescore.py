@@ -12,7 +12,7 @@ from mdd_bench.running.store import Store
 from conftest import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM", "ignore::mdd_bench.evaluation.metrics.UndefinedMetric")
-PEERS = ["mvtec_official", "ader", "dinomaly", "rd4ad", "simplenet"]
+PEERS = ["mvtec_3d", "ader", "dinomaly", "rd4ad", "simplenet"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
