@@ -114,7 +114,7 @@ def deviation(response):
 
 @pytest.mark.parametrize("name, size, want", [
     ("exact", 128, 2), ("exact", 256, 4), ("exact", 512, 8), ("ader", 256, 4), ("rd4ad", 256, 4),
-    ("simplenet", 288, 4), ("dinomaly", 256, 1.38), ("mvtec_official", 300, 0),
+    ("simplenet", 288, 4), ("dinomaly", 256, 1.38), ("mvtec_3d", 300, 0),
 ])
 def test_width_of_the_smoothing(name, size, want):
     maps = np.zeros((2, size + 9, size), np.float32)                    # the shorter side decides
@@ -457,7 +457,7 @@ def test_update_returns_one_part_for_each_size():
     assert same_size.index.tolist() == list(range(7))
     assert np.array_equal(same_size.maps, exact.smooth(maps))
     assert np.array_equal(same_size.masks, np.stack([exact.masks(mask, (40, 40)) for mask in masks]))
-    parts = ProtocolEvaluator(PROTOCOLS["mvtec_official"]).update(*batch)
+    parts = ProtocolEvaluator(PROTOCOLS["mvtec_3d"]).update(*batch)
     assert [part.index.tolist() for part in parts] == [[0], [1, 3, 6], [2], [4], [5]]
     for part in parts:
         for i, mask in zip(part.index, part.masks): assert np.array_equal(mask, masks[i])
@@ -489,8 +489,8 @@ def test_labels_come_from_the_folder_unless_the_protocol_takes_the_mask(protocol
     assert got.metrics["I-AUROC"] == pytest.approx(want, abs=1e-12)
 
 
-def test_mvtec_official_compares_at_the_size_of_each_image():
-    p, (maps, own, masks, labels, kinds) = PROTOCOLS["mvtec_official"], case()
+def test_mvtec_3d_compares_at_the_size_of_each_image():
+    p, (maps, own, masks, labels, kinds) = PROTOCOLS["mvtec_3d"], case()
     assert len({mask.shape for mask in masks}) == 5
     large_maps = []
     for m, mask in zip(maps, masks):
@@ -500,7 +500,7 @@ def test_mvtec_official_compares_at_the_size_of_each_image():
     assert np.array_equal(got.scores, [m.max() for m in large_maps])       # in the order of the images
     truth, pixels = (np.concatenate([x.ravel() for x in images]) for images in (masks, large_maps))
     assert got.metrics["P-AUROC"] == pytest.approx(roc_auc_score(truth, pixels), abs=1e-9)
-    message = "mvtec_official compares at the size of the image: give good images a mask of zeros"
+    message = "mvtec_3d compares at the size of the image: give good images a mask of zeros"
     with pytest.raises(ValueError, match=message):
         evaluate(p, maps, own, [masks[0], None, *masks[2:]], labels, kinds)
 

@@ -62,7 +62,7 @@ def interpolated(
 
 
 def touched(mask, size):  # as `interpolated`; bool [H, W]
-    "Pixels above 0 after resizing: small defects grow (released code: Dinomaly, MVTec AD)."
+    "Pixels above 0 after resizing: small defects grow (released code: Dinomaly, MVTec 3D-AD)."
     return interpolated(mask, size) > 0
 
 
@@ -79,8 +79,8 @@ def wholly(mask, size):  # as `interpolated`; bool [H, W]
 # %% ../../nbs/evaluation/41_protocols.ipynb #df7fe226
 def smooth(
     maps,       # [B, H, W] array or tensor
-    sigma,      # deviation in pixels; 0: unchanged
-    taps=None,  # width of the kernel; None: cut at four deviations
+    sigma,      # standard deviation in pixels; 0: unchanged
+    taps=None,  # width of the kernel; None: cut at four standard deviations
 ):              # float32 [B, H, W]
     """Each map smoothed by a Gaussian. Without `taps` it is mirrored at the border (released code: RD4AD,
     PatchCore), with them it has zeros around (released code: Dinomaly). ValueError for values that are not
@@ -142,6 +142,7 @@ def counts_above(
 
     defective, = rising(scores.defective, dtype=np.int64)
     anomalous, good = map(count, rising(scores.anomalous, scores.good))
+    # of the 64 bits, the upper half is the score's key and the lower half the size of the region
     tp = count((defective >> 32).astype(np.int32))
     region_shares = 1/(defective & 0xffffffff)[::-1]
     overlap = np.append(0, np.cumsum(region_shares))[tp]
@@ -298,15 +299,15 @@ PIXEL_RULES = {
     "50 bins": FiftyBins,
 }
 
-# %% ../../nbs/evaluation/41_protocols.ipynb #95f3402d
+# %% ../../nbs/evaluation/41_protocols.ipynb #eb8266e3
 @dataclass(frozen=True)
 class Choices:
     "What a protocol fixes (ours). SpecError for a rule that does not exist."
     name: str
     summary: str                      # what the choices do to the numbers
     size: int | str | None = None     # of comparison: None: the map's; 256: 256 x 256; "image": the mask's
-    sigma: float = 4                  # smoothing: deviation in pixels of a 256-pixel map; 0: none
-    taps: int | None = None           # width of the kernel; None: cut at four deviations
+    sigma: float = 4                  # smoothing: standard deviation in pixels of a 256-pixel map
+    taps: int | None = None           # width of the kernel; None: cut at four standard deviations
     image_score: str = "detector"     # one of `IMAGE_SCORES`
     mask_rule: str = "at_least_half"  # one of `MASK_RULES`
     label_source: str = "folder"      # what makes an image anomalous: its "folder", or a non-empty "mask"
@@ -348,7 +349,8 @@ class Protocol(Choices):
         return IMAGE_SCORES[self.image_score](maps, own_scores)
 
     def evaluator(self, mode="exact") -> Evaluator:
-        "A new evaluator that counts by this protocol. The rules of released code are exact in either mode."
+        """A new evaluator that counts by this protocol. The rules of released code always keep every score,
+        also with `mode="streaming"`."""
         plain = Evaluator(mode, self.fpr_limit)
         return plain if self.pixel_rule == "exact" else PIXEL_RULES[self.pixel_rule](self.fpr_limit)
 
@@ -356,8 +358,8 @@ class Protocol(Choices):
 PROTOCOLS = {p.name: p for p in (
     Protocol("exact", "the reference: every score a threshold, the area of the mask kept, "
                       "the detector's own image score"),
-    Protocol("mvtec_official", "the image's own resolution, unsmoothed, maximum; "
-                               "AUPRO from 100 quantiles: close to exact",
+    Protocol("mvtec_3d", "the image's own resolution, unsmoothed, maximum; "
+                         "AUPRO from 100 quantiles: a little low, but the same on any scale",
              size="image", sigma=0, image_score="max", mask_rule="touched", pixel_rule="quantiles"),
     Protocol("ader", "50 bins: wrong where scores crowd at one end; "
                      "images whose resized mask is empty count as normal",
