@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'DATA_HELP', 'SkipBroken', 'LABEL_FIELDS', 'LABEL_FLAGS', 'RUNTIME', 'RESULTS', 'Device', 'Workers', 'CacheGb',
-           'Out', 'KeepModel', 'BAR', 'HEADINGS', 'RUN_FLAGS', 'PARAMETER_HELP', 'INTERRUPTED', 'FULL', 'FORBIDDEN',
-           'NO_PLACE', 'version', 'detectors', 'protocols', 'studies', 'datasets', 'value_name', 'flag_help', 'flag',
-           'keyword_parameter', 'spec_flags', 'as_options', 'labels', 'print_record', 'run_command', 'show_step',
-           'pretrain', 'print_study', 'sweep', 'format_warning', 'main']
+           'Out', 'KeepModel', 'BAR', 'HEADINGS', 'RUN_FLAGS', 'Task', 'PARAMETER_HELP', 'INTERRUPTED', 'FULL',
+           'FORBIDDEN', 'NO_PLACE', 'version', 'detectors', 'protocols', 'studies', 'datasets', 'value_name',
+           'flag_help', 'flag', 'keyword_parameter', 'spec_flags', 'as_options', 'labels', 'print_record',
+           'run_command', 'show_step', 'pretrain', 'print_study', 'sweep', 'format_warning', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
 import errno, inspect, sys, warnings
@@ -219,18 +219,20 @@ def run_command(
     print_record(record)
 
 # %% ../nbs/cli.ipynb #9f39ffff
+Task = Annotated[str | None, typer.Option(
+    metavar="TEXT", help="places, materials, marks, or a sum as places+materials; none: ours")]
+
 def show_step(bar, step: int, losses: dict):
     "Move a progress bar by one training step, and show the sum of its losses."
     bar.set_postfix_str(f"loss {sum(v.item() for v in losses.values()):.2f}", refresh=False)
     bar.update()
 
+# %% ../nbs/cli.ipynb #4a0be5ce
 @app.command()
 def pretrain(
     backbone: Annotated[str | None, typer.Option(metavar="TEXT", help="a timm model; none: ours")] = None,
-    task: Annotated[str | None, typer.Option(
-        metavar="TEXT", help="places, materials, marks, or a sum as places+materials; none: ours")] = None,
-    steps: Annotated[int | None, typer.Option(
-        metavar="INTEGER", min=1, help="training steps; none: ours")] = None,
+    task: Task = None,
+    steps: Annotated[int | None, typer.Option(metavar="INTEGER", min=1, help="none: ours")] = None,
     seed: Annotated[int, typer.Option(metavar="INTEGER", min=0, help="decides weights and pictures")] = 0,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(
