@@ -224,6 +224,7 @@ def show_step(bar, step: int, losses: dict):
     bar.set_postfix_str(f"loss {sum(v.item() for v in losses.values()):.2f}", refresh=False)
     bar.update()
 
+# %% ../nbs/cli.ipynb #f1617c90
 @app.command()
 def pretrain(
     backbone: Annotated[str | None, typer.Option(metavar="TEXT", help="a timm model; none: ours")] = None,
