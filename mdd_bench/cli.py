@@ -10,7 +10,7 @@ __all__ = ['app', 'DATA_HELP', 'SkipBroken', 'LABEL_FIELDS', 'LABEL_FLAGS', 'RUN
            'pretrain', 'print_study', 'sweep', 'format_warning', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
-import errno, inspect, sys, warnings
+import errno, inspect, shutil, sys, warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -237,18 +237,16 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(
         metavar="FILE", help="copy the weights to this .safetensors file", **RESULTS)] = None,
 ):
-    """Train a backbone on drawn pictures alone, for --weights FILE.
+    """Train a backbone on drawn pictures alone, for --weights FILE, unless it is in the cache.
 
-    What is in the cache is not trained again. "ours" is the setting of the project's own weights
-    (--weights procedural).
+    "ours" is the setting of the project's own weights (--weights procedural).
     """
-    import shutil
     from tqdm import tqdm
     from mdd_bench.data.catalog import cache_dir
     from mdd_bench.parts.pretraining import RECIPE, trained_file
     from mdd_bench.running.runtime import choose_device
-    chosen = dict(backbone=backbone, task=task, steps=steps, seed=seed)
-    recipe = RECIPE | {name: value for name, value in chosen.items() if value is not None}
+    chosen = dict(backbone=backbone, task=task, steps=steps, seed=seed).items()
+    recipe = RECIPE | {name: value for name, value in chosen if value is not None}
     if out and out.suffix != ".safetensors":
         raise SpecError(f"--out {out}", "give a file that ends in .safetensors")
     with tqdm(total=recipe["steps"], disable=None, file=sys.stderr) as bar:
