@@ -42,7 +42,9 @@ def detectors(
 ):
     "List the detectors with their options: defaults and allowed values."
     from mdd_bench.detectors.detector import describe_detector, list_detectors
-    for name in list_detectors(pattern): print("\n".join(describe_detector(name)))
+    for name in list_detectors(pattern):
+        try: print("\n".join(describe_detector(name)))
+        except SpecError as e: print(f"{name:12s} {e}")
 
 @app.command()
 def protocols():
