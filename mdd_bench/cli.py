@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'DATA_HELP', 'SkipBroken', 'LABEL_FIELDS', 'LABEL_FLAGS', 'RUNTIME', 'RESULTS', 'Device', 'Workers', 'CacheGb',
-           'Out', 'KeepModel', 'BAR', 'HEADINGS', 'RUN_FLAGS', 'Task', 'PARAMETER_HELP', 'INTERRUPTED', 'FULL',
-           'FORBIDDEN', 'NO_PLACE', 'version', 'detectors', 'protocols', 'studies', 'datasets', 'value_name',
-           'flag_help', 'flag', 'keyword_parameter', 'spec_flags', 'as_options', 'labels', 'print_record',
-           'run_command', 'show_step', 'pretrain', 'print_study', 'sweep', 'format_warning', 'main']
+           'Out', 'KeepModel', 'BAR', 'HEADINGS', 'RUN_FLAGS', 'PARAMETER_HELP', 'INTERRUPTED', 'FULL', 'FORBIDDEN',
+           'NO_PLACE', 'version', 'detectors', 'protocols', 'studies', 'datasets', 'value_name', 'flag_help', 'flag',
+           'keyword_parameter', 'spec_flags', 'as_options', 'labels', 'print_record', 'run_command', 'show_step',
+           'pretrain', 'print_study', 'sweep', 'format_warning', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
-import errno, inspect, sys, warnings
+import errno, inspect, shutil, sys, warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -42,7 +42,9 @@ def detectors(
 ):
     "List the detectors with their options: defaults and allowed values."
     from mdd_bench.detectors.detector import describe_detector, list_detectors
-    for name in list_detectors(pattern): print("\n".join(describe_detector(name)))
+    for name in list_detectors(pattern):
+        try: print("\n".join(describe_detector(name)))
+        except SpecError as e: print(f"{name:12s} {e}")
 
 @app.command()
 def protocols():
@@ -219,37 +221,34 @@ def run_command(
     print_record(record)
 
 # %% ../nbs/cli.ipynb #9f39ffff
-Task = Annotated[str | None, typer.Option(
-    metavar="TEXT", help="places, materials, marks, or a sum as places+materials; none: ours")]
-
 def show_step(bar, step: int, losses: dict):
     "Move a progress bar by one training step, and show the sum of its losses."
     bar.set_postfix_str(f"loss {sum(v.item() for v in losses.values()):.2f}", refresh=False)
     bar.update()
 
-# %% ../nbs/cli.ipynb #4a0be5ce
+# %% ../nbs/cli.ipynb #f1617c90
 @app.command()
 def pretrain(
     backbone: Annotated[str | None, typer.Option(metavar="TEXT", help="a timm model; none: ours")] = None,
-    task: Task = None,
-    steps: Annotated[int | None, typer.Option(metavar="INTEGER", min=1, help="none: ours")] = None,
+    task: Annotated[str | None, typer.Option(
+        metavar="TEXT", help="places, materials, marks, or a sum as places+materials; none: ours")] = None,
+    steps: Annotated[int | None, typer.Option(
+        metavar="INTEGER", min=1, help="training steps; none: ours")] = None,
     seed: Annotated[int, typer.Option(metavar="INTEGER", min=0, help="decides weights and pictures")] = 0,
     device: Device = None,
     out: Annotated[Path | None, typer.Option(
         metavar="FILE", help="copy the weights to this .safetensors file", **RESULTS)] = None,
 ):
-    """Train a backbone on drawn pictures alone, for --weights FILE.
+    """Train a backbone on drawn pictures alone, for --weights FILE, unless it is in the cache.
 
-    What is in the cache is not trained again. "ours" is the setting of the project's own weights
-    (--weights procedural).
+    "ours" is the setting of the project's own weights (--weights procedural).
     """
-    import shutil
     from tqdm import tqdm
     from mdd_bench.data.catalog import cache_dir
     from mdd_bench.parts.pretraining import RECIPE, trained_file
     from mdd_bench.running.runtime import choose_device
-    chosen = dict(backbone=backbone, task=task, steps=steps, seed=seed)
-    recipe = RECIPE | {name: value for name, value in chosen.items() if value is not None}
+    chosen = dict(backbone=backbone, task=task, steps=steps, seed=seed).items()
+    recipe = RECIPE | {name: value for name, value in chosen if value is not None}
     if out and out.suffix != ".safetensors":
         raise SpecError(f"--out {out}", "give a file that ends in .safetensors")
     with tqdm(total=recipe["steps"], disable=None, file=sys.stderr) as bar:

@@ -92,7 +92,9 @@ class Option:
         self.group, self.identity = group, identity
 
     def __set_name__(self, owner, name):
-        self.declare(name, owner.__annotations__.get(name, type(self.default)))
+        annotation = owner.__annotations__.get(name, type(self.default))
+        if isinstance(annotation, str): annotation = eval(annotation)     # from __future__ import annotations
+        self.declare(name, annotation)
 
     def declare(self, name: str, annotation):
         "Set the name and the type; returns self."
@@ -138,7 +140,8 @@ def typed_value(
     convert = declared.own_convert or converter(declared.type)
     try: return convert(value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        wanted = describe_range(declared) if declared.type in (int, float) else str(declared.type)
+        other = "true or false" if declared.type is bool else "values as 'a,b'"
+        wanted = describe_range(declared) if declared.type in (int, float) else other
         raise SpecError(f"{declared.name}={value!r}", f"give {wanted}: {declared.help}") from None
 
 # %% ../nbs/00a_options.ipynb #efba4f15

@@ -12,7 +12,8 @@ from mdd_bench.running.run import run
 from mdd_bench.running.store import Store
 from conftest import SMALL, sweep_flags
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM", "ignore::mdd_bench.evaluation.metrics.UndefinedMetric")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*RANDOM", "ignore::mdd_bench.evaluation.metrics.UndefinedMetric")
 PEERS = ["mvtec_3d", "ader", "dinomaly", "rd4ad", "simplenet"]
 
 @pytest.fixture

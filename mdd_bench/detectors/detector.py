@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'TEXTURES', 'Prediction', 'Recipe', 'TrainingHooks', 'Detector', 'normal_batches', 'labelled_batches',
-           'texture_batches', 'register', 'import_own', 'load_entry_point', 'load_file', 'detector_class',
+           'texture_batches', 'register', 'import_own', 'load_entry_point', 'load_file', 'detector_class', 'needs_of',
            'list_detectors', 'full_options', 'deciding_options', 'describe_detector', 'create_detector',
            'texture_source']
 
@@ -176,6 +176,11 @@ def detector_class(
     if found is None: raise unknown("detector", name, list_detectors())
     return found
 
+def needs_of(name: str) -> frozenset:
+    "What a detector needs; nothing, if it comes from a package that cannot be imported."
+    try: return detector_class(name).needs
+    except SpecError: return frozenset()
+
 def list_detectors(
     pattern: str = "*",         # shell-style, as in timm
     needs: str | None = None,   # only those that need this, e.g. "labelled"
@@ -184,7 +189,7 @@ def list_detectors(
     import_own()
     names = {*_registry, *(entry.name for entry in entry_points(group=GROUP))}
     names = sorted(n for n in names if fnmatch(n, pattern))
-    return [n for n in names if needs is None or needs in detector_class(n).needs]
+    return [n for n in names if needs is None or needs in needs_of(n)]
 
 # %% ../../nbs/detectors/20_detector.ipynb #f71fb186
 def full_options(

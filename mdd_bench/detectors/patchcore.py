@@ -99,7 +99,8 @@ class PatchCore(Detector):
 
     coreset_ratio: float = option(.01, least=1e-9, most=1, help="share of the patches that is kept")
     coreset_scope: str = option("all", choices=("all", "class"), help="one coreset, or one for each class")
-    neighbours: int = option(9, least=1, help="b, which weights the image score; 1: no weight")
+    neighbours: int = option(
+        9, least=1, test_only=True, help="b, which weights the image score; 1: no weight")
     subsampling: str = option("greedy", choices=tuple(SUBSAMPLING), help="a coreset, or as many random rows")
 
     def __init__(self, backbone, classes=1, **options):

@@ -83,7 +83,7 @@ class ModelOutcome:
     calibration: pd.DataFrame  # scores of the images that were set aside, possibly none
     cost: dict
     facts: dict                # what the record says of the model
-    tensors: dict              # the weights; empty if they are not kept
+    tensors: dict | None       # the weights; None if they are not kept
 
 def test_model(
     plan: ModelPlan,
@@ -102,5 +102,5 @@ def test_model(
     test_s = seconds - replicates_s
     times = dict(test_s=test_s, replicates_s=replicates_s, images_per_second=images/test_s)
     cost = fitted.cost | times | measure_cost(detector, plan.resolved.spec.size, runtime)
-    tensors = model_tensors(detector, plan.prefix) if keep else {}
+    tensors = model_tensors(detector, plan.prefix) if keep else None
     return ModelOutcome(outcomes, calibration, cost, fitted.facts | detector.facts(), tensors)

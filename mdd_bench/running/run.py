@@ -39,8 +39,9 @@ def write_run(
     outcomes = {cls: o for m in models for cls, o in m.outcomes.items()}
     write_outcomes(folder, outcomes, pd.concat([m.calibration for m in models]), resolved.dataset.manifest)
     facts = joined_facts(models, plans)
-    tensors = {name: t for m in models for name, t in m.tensors.items()}
-    if tensors: facts["model_hash"] = save_models(folder, tensors)
+    if models[0].tensors is not None:
+        tensors = {name: t for m in models for name, t in m.tensors.items()}
+        facts["model_hash"] = save_models(folder, tensors)
     facts["classes_streamed"] = [cls for cls, o in outcomes.items() if o.streamed]
     scores = pd.concat([o.scores for o in outcomes.values()])
     if plans[0].is_only: facts |= prediction_quality(scores, resolved.dataset.classes)

@@ -46,7 +46,7 @@ class DataFields:
     skip_broken: bool = spec_field(
         False, "leave unreadable images out instead of stopping", group="Data", identity=False)
     calibration: float | None = spec_field(
-        None, "share of the training images that is kept out of training and scored; none: no images",
+        None, "share of the training images that is set aside and scored; none: no images",
         least=0, most=1, group="Data")
     backbone: str | None = spec_field(
         None, "a timm model; none: that of the weights, or of the detector's recipe",

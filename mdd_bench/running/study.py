@@ -118,7 +118,7 @@ class Study:
         return self.base | self.grid | (dict(arms=list(self.arms)) if self.arms else {})
 
 # %% ../../nbs/running/58a_study.ipynb #b4cc84ab
-PATHS = ("data", "weights", "manifest", "detector")     # may be a path, in which a comma separates nothing
+PATHS = ("data", "weights", "manifest")     # may be a path, in which a comma separates nothing
 
 def axis_values(
     declared: Option,  # of a field of RunSpec

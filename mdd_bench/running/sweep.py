@@ -174,9 +174,9 @@ class Swept:
 def is_done(
     resolved: Resolved,
     store: Store,
-    keep_model: bool,    # whether its model is wanted too
+    keep_model: bool,
 ) -> bool:
-    "Whether the store has everything that is wanted of a run."
+    "Whether nothing is left to make of a run."
     if not store.has(resolved.run_id, resolved.spec.protocols): return False
     return not keep_model or find_model(store, resolved.run_id, resolved.training_id) is not None
 
