@@ -182,21 +182,22 @@ def flag_of(declared):
     return "--option" if declared.type is dict else "--" + declared.name.replace("_", "-")
 
 def test_the_help_of_run_is_in_groups(run_help):
-    headings = ["Data", "Features", "Labels", "Detector", "Training", "Scoring"]
+    headings = ["Detector", "Data", "Features", "Training", "Labels", "Scoring"]
     assert [h for h in run_help if h in headings] == headings
     for declared in spec_options().values(): assert flag_of(declared) in run_help[declared.group]
-    assert {"--device", "--workers", "--cache-gb", "--keep-model"} <= run_help["How"].keys()
+    assert {"--device", "--workers", "--cache-gb"} <= run_help["Runtime"].keys()
+    assert {"--out", "--keep-model"} <= run_help["Results"].keys()
 
 @pytest.mark.parametrize("group, flag, words", [
-    ("Data", "--size", "INTEGER .*a whole number of at least 16.*default: 256"),
+    ("Data", "--size", "INTEGER .*at least 16.*default: 256"),
     ("Data", "--classes", "A,B,.*none: all"),
     ("Data", "--calibration", "NUMBER"),
     ("Features", "--layers", "A,B,"),
-    ("Labels", "--scheme", r"pooled\|per_kind\|one_kind\|from_classes"),
+    ("Labels", "--scheme", "pooled, per_kind, one_kind, from_classes"),
     ("Detector", "--detector", "TEXT.*path/to/file.py:Class.*default: mddnet"),
     ("Detector", "--option", "NAME=VALUE.*may be repeated"),
-    ("Training", "--epochs", r"EPOCHS\|SHARE%"),
-    ("Training", "--precision", r"float32\|bfloat16"),
+    ("Training", "--epochs", "N or N%"),
+    ("Training", "--precision", "float32, bfloat16"),
     ("Scoring", "--protocols", "A,B,.*default: exact"),
 ])
 def test_the_help_of_run_names_types(run_help, group, flag, words):
