@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from . import __version__
 from .errors import MddBenchError, SpecError
-from .options import Option
+from .options import Option, as_list
 from .running.spec import make_spec, spec_options
 
 # %% ../nbs/cli.ipynb #188ecfcf
@@ -69,11 +69,12 @@ SkipBroken = Annotated[bool, typer.Option(
 @app.command()
 def datasets(
     path: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)],
+    classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="product classes; none: all")] = None,
     skip_broken: SkipBroken = False,
 ):
     "Check a dataset and show what is in it: every file is read once."
     from mdd_bench.data.datasets import open_dataset
-    dataset = open_dataset(path, skip_broken=skip_broken)
+    dataset = open_dataset(path, as_list(classes) if classes else None, skip_broken)
     catalog = dataset.catalog
     print(catalog.counts().to_string())
     print(f"{len(catalog.table)} images, {dataset.skipped} skipped, {catalog.ignored} other files ignored, "
@@ -293,7 +294,8 @@ def sweep(
     swept = sweeping.sweep(chosen, folder, device, workers, cache_gb, keep_model, plain)
     if (swept.records or chosen.parameters) and not plain:
         print("making the table and the plots ...", file=sys.stderr, flush=True)
-        sweeping.execute_study(chosen, folder)
+        settings = dict(device=device or "", workers=workers, cache_gb=cache_gb, keep_model=keep_model)
+        sweeping.execute_study(chosen, folder, **({} if chosen.parameters else settings))
     folder.mkdir(parents=True, exist_ok=True)
     print_study(swept, folder)
     raise typer.Exit(1 if swept.failures else 0)

@@ -8,7 +8,9 @@ from mdd_bench.errors import SpecError
 from mdd_bench.parts.backbone import Backbone
 from mdd_bench.parts.bank import k_centres, nearest
 from mdd_bench.parts.patches import as_rows, patch_features
-from mdd_bench.running.run import prepare, run
+from mdd_bench.running.identity import resolve
+from mdd_bench.running.run import run
+from mdd_bench.running.runtime import Runtime
 from mdd_bench.running.spec import make_spec
 from conftest import SMALL
 
@@ -198,19 +200,20 @@ def small_spec(**values): return make_spec(**SMALL | dict(detector="patchcore") 
 def test_a_run_trains_nothing_and_records_its_bank(tmp_path):
     "The epochs of a study of many detectors are not PatchCore's; its bank is part of what a test needs."
     spec = small_spec(epochs=7)
-    assert prepare(spec).id == prepare(small_spec(epochs=None)).id and prepare(spec).recipe.epochs == 0
+    own, asked = resolve(small_spec(epochs=None)), resolve(spec)
+    assert own.run_id == asked.run_id and asked.recipe.epochs == 0
     record = run(spec, tmp_path)
     assert record.provenance["bank"]["dim"] == 192 and record.cost["parameters_trained"] == 0
     assert record.cost["bytes_test_without_backbone"] == record.provenance["bank"]["rows"]*192*4
-    assert run(spec, tmp_path/"other", store_gb=0).metrics == record.metrics
+    assert run(spec, tmp_path/"other", Runtime(cache_gb=0)).metrics == record.metrics
 
 def test_levels_are_the_methods_own():
-    assert prepare(small_spec(layers=None)).backbone.strides == [8, 16]
-    assert prepare(small_spec(layers=None, detector="rd4ad")).backbone.strides == [4, 8, 16]
+    assert resolve(small_spec(layers=None)).backbone.strides == [8, 16]
+    assert resolve(small_spec(layers=None, detector="rd4ad")).backbone.strides == [4, 8, 16]
 
 def test_a_default_that_is_spelt_out_changes_no_identity():
     choices = ({}, dict(subsampling="greedy"), dict(subsampling="random"))
-    plain, spelt, random = (prepare(small_spec(options=options)).id for options in choices)
+    plain, spelt, random = (resolve(small_spec(options=options)).run_id for options in choices)
     assert plain == spelt != random
     deciding = [deciding_options("patchcore", full_options("patchcore", options)) for options in choices]
     assert deciding == [{}, {}, dict(subsampling="random")]

@@ -8,7 +8,9 @@ from mdd_bench.detectors.detector import create_detector, full_options
 from mdd_bench.detectors.simplenet import Discriminator, counterfeit, truncated_loss, xavier
 from mdd_bench.errors import SpecError
 from mdd_bench.parts.backbone import Backbone
-from mdd_bench.running.run import prepare, run
+from mdd_bench.running.identity import resolve
+from mdd_bench.running.run import run
+from mdd_bench.running.runtime import Runtime
 from mdd_bench.running.spec import make_spec
 from mdd_bench.running.training import make_optimizer, set_rates, train_step
 from conftest import SMALL
@@ -274,11 +276,11 @@ def test_bad_options(backbone, options):
 def test_a_run_keeps_the_last_epoch_and_repeats_itself(tmp_path):
     spec = make_spec(**SMALL | dict(detector="simplenet", options=dict(hidden=16), epochs=2))
     record = run(spec, tmp_path/"a")
-    assert run(spec, tmp_path/"b", store_gb=0).metrics == record.metrics
+    assert run(spec, tmp_path/"b", Runtime(cache_gb=0)).metrics == record.metrics
     assert record.cost["parameters_trained"] == 192*192 + 192 + 16*192 + 3*16 + 16
     history = next((tmp_path/"a").rglob("history.csv")).read_text().splitlines()
     assert history[0] == "epoch,step,loss,normal,noise" and history[-1].startswith("1,")
 
 def test_levels_are_the_methods_own():
     spec = make_spec(**SMALL | dict(detector="simplenet", layers=None))
-    assert prepare(spec).backbone.strides == [8, 16]
+    assert resolve(spec).backbone.strides == [8, 16]

@@ -13,7 +13,9 @@ from mdd_bench.detectors.uniad import (
 )
 from mdd_bench.errors import SpecError
 from mdd_bench.parts.backbone import Backbone
-from mdd_bench.running.run import prepare as prepare_run, run
+from mdd_bench.running.identity import resolve
+from mdd_bench.running.run import run
+from mdd_bench.running.runtime import Runtime
 from mdd_bench.running.spec import make_spec
 from mdd_bench.running.training import make_optimizer, seed_all, train_step
 from conftest import SMALL
@@ -443,5 +445,5 @@ def small_spec(**values): return make_spec(**SMALL | dict(detector="uniad") | va
 def test_a_run_records_its_grid_and_square(tmp_path):
     record = run(small_spec(), tmp_path)
     assert (record.provenance["grid"], record.provenance["neighbours"]) == ([8, 8], 3)
-    assert run(small_spec(), tmp_path/"other", store_gb=0).metrics == record.metrics
-    assert prepare_run(small_spec(layers=None)).backbone.strides == [2, 4, 8, 16]
+    assert run(small_spec(), tmp_path/"other", Runtime(cache_gb=0)).metrics == record.metrics
+    assert resolve(small_spec(layers=None)).backbone.strides == [2, 4, 8, 16]

@@ -173,8 +173,8 @@ class Swept:
 # %% ../../nbs/running/59_sweep.ipynb #80dc31df
 def is_done(
     resolved: Resolved,
-    store: Store,
-    keep_model: bool,
+    store: Store,        # where its record would be
+    keep_model: bool,    # whether its model must be there too
 ) -> bool:
     "Whether nothing is left to make of a run."
     if not store.has(resolved.run_id, resolved.spec.protocols): return False
@@ -233,12 +233,13 @@ def without_timing(
 
 def execute_study(
     study: Study,
-    out: Path,  # the study's folder
-) -> Path:      # the executed notebook
+    out: Path,    # the study's folder
+    **settings,   # device, workers, cache_gb, keep_model of the sweep, for runs that are tried again
+) -> Path:        # the executed notebook
     "Execute a study's notebook into its folder; raises `SpecError` naming the unfinished one when it fails."
     part, final = Path(out)/f"{study.name}.part.ipynb", Path(out)/f"{study.name}.ipynb"
     part.parent.mkdir(parents=True, exist_ok=True)
-    parameters = study.notebook_parameters() | dict(out=str(out))
+    parameters = study.notebook_parameters() | settings | dict(out=str(out))
     code, printed = run_process(notebook_command(study.name, part, parameters))
     if code:
         problem = f"the notebook of the study {study.name} failed: {failure_reason(printed)}"
