@@ -171,6 +171,7 @@ def test_the_memory_module_has_them_too():
 
 SMOKE = dict(rows=1000, dim=16, ratio=.02, repeats=1, threads=1)
 
+@pytest.mark.slow
 def test_the_study_without_peers(tmp_path, monkeypatch):
     monkeypatch.setenv("MDD_BENCH_PEERS", str(tmp_path/"nowhere"))
     execute_study(load_study("coreset", **SMOKE), tmp_path/"out")
@@ -182,6 +183,7 @@ def test_the_study_without_peers(tmp_path, monkeypatch):
     files = {file.name for file in (tmp_path/"out").iterdir()}
     assert {"coreset.csv", "coreset.ipynb", "coreset.md", "coreset.png"} <= files
 
+@pytest.mark.slow
 def test_the_study_with_a_peer(tmp_path, monkeypatch):
     answer = json.dumps(dict(seconds=[9.], chosen=[0, 1, 2], versions={"anomalib": "9.9"}))
     peer = tmp_path/"python"

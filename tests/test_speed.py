@@ -64,6 +64,7 @@ def test_without_peers_the_rest_is_shown(tmp_path, monkeypatch):
     assert FILES <= {file.name for file in (tmp_path/"out").iterdir()}
     assert str(tmp_path) not in table
 
+@pytest.mark.slow
 def test_a_peer_that_answers_is_in_the_table(tmp_path, monkeypatch):
     values = {"P-AUROC": .5, "AUPRO": .5}
     answer = json.dumps(dict(seconds=[.25], values=values, bounds={}, versions={"adeval": "9.9"}))
