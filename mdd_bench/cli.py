@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'DATA_HELP', 'SkipBroken', 'LABEL_FIELDS', 'LABEL_FLAGS', 'RUNTIME', 'RESULTS', 'Device', 'Workers', 'CacheGb',
-           'Out', 'KeepModel', 'BAR', 'HEADINGS', 'RUN_FLAGS', 'PARAMETER_HELP', 'INTERRUPTED', 'FULL', 'FORBIDDEN',
+           'Out', 'KeepModel', 'HEADINGS', 'RUN_FLAGS', 'PARAMETER_HELP', 'INTERRUPTED', 'FULL', 'FORBIDDEN',
            'NO_PLACE', 'version', 'detectors', 'protocols', 'studies', 'datasets', 'value_name', 'flag_help', 'flag',
            'keyword_parameter', 'spec_flags', 'as_options', 'labels', 'print_record', 'run_command', 'show_step',
            'pretrain', 'print_study', 'sweep', 'format_warning', 'main']
@@ -178,8 +178,6 @@ Out = Annotated[Path, typer.Option(
 KeepModel = Annotated[bool, typer.Option(
     "--keep-model", metavar="", help="keep model.safetensors: more protocols then need no training",
     **RESULTS)]
-BAR = "{desc} {percentage:3.0f}%|{bar:24}| {elapsed} + {remaining} left"
-
 def print_record(record):
     "Print the means of a record in percent, what it cost, and where it is."
     if record.spec["weights"] == "random":
@@ -211,7 +209,7 @@ def run_command(
     """
     from tqdm import tqdm
     from mdd_bench.running.run import run
-    from mdd_bench.running.runtime import Runtime
+    from mdd_bench.running.runtime import BAR, Runtime
     spec = make_spec(**values | dict(options=as_options(values["options"])))
     with tqdm(total=1, disable=None, bar_format=BAR, file=sys.stderr) as bar:
         def show(stage, done, total):

@@ -195,6 +195,7 @@ def evaluate_classes(
     for i, cls in enumerate(classes):
         runtime.progress("test", i, len(classes))
         outcomes[cls] = evaluate_class(detector, plan, cls, protocols, runtime)
+    runtime.progress("test", len(classes), len(classes))
     return outcomes
 
 def collect_metrics(
