@@ -21,7 +21,7 @@ setuptools.setup(
     package_dir={studies: "nbs/studies"},
     package_data={lib: ["*.csv", "*.safetensors"], studies: ["*.yaml", "*.ipynb", "*.py"]},
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={"dev": shlex.split(cfg["dev_requirements"])},
+    extras_require={name: shlex.split(cfg[f"{name}_requirements"]) for name in ("lite0", "dev")},
     entry_points={
         "nbdev": [f"{lib}={lib}._modidx:d"],
         "console_scripts": shlex.split(cfg["console_scripts"]),

@@ -8,7 +8,7 @@ os.environ["MDD_BENCH_CACHE"] = tempfile.mkdtemp(prefix="mdd_bench_tests_")   # 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
     data="embedded-v1-smoke", classes=["gear", "tile"], size=64,
-    weights="procedural", layers=[1, 2], epochs=1,
+    weights="lite0", layers=[1, 2], epochs=1,
 )
 
 # --- small runs

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 STUDIES = ROOT/"nbs"/"studies"
-RUN_SMOKE = dict(data="embedded-v1-smoke", size=64, weights="procedural", epochs=1)
+RUN_SMOKE = dict(data="embedded-v1-smoke", size=64, weights="lite0", epochs=1)
 
 
 def lessons():

