@@ -284,16 +284,20 @@ def sweep(
     out: Annotated[Path, typer.Option(
         metavar="FOLDER", help="results folder; the study's is <out>/<study>/", **RESULTS)] = Path("results"),
     keep_model: KeepModel = False,
+    jobs: Annotated[int | None, typer.Option(
+        min=1, help="runs at once; none: as many as there are cores, or one on a GPU", **RUNTIME)] = None,
 ):
     "Run what is missing of a study, then make its table and plots."
+    from tqdm import tqdm
     import mdd_bench.running.sweep as sweeping
     from mdd_bench.running.study import load_study
     chosen, folder = load_study(study, **as_options(p, "-p")), out/study
-    swept = sweeping.sweep(chosen, folder, device, workers, cache_gb, keep_model, plain)
+    swept = sweeping.sweep(chosen, folder, device, workers, cache_gb, keep_model, plain, jobs)
     if (swept.records or chosen.parameters) and not plain:
-        print("making the table and the plots ...", file=sys.stderr, flush=True)
         settings = dict(device=device or "", workers=workers, cache_gb=cache_gb, keep_model=keep_model)
-        sweeping.execute_study(chosen, folder, **({} if chosen.parameters else settings))
+        working = dict(desc="making the table and the plots", bar_format="{desc} {elapsed}")
+        with tqdm(**working, disable=None, file=sys.stderr) as bar:
+            sweeping.execute_study(chosen, folder, bar.refresh, **({} if chosen.parameters else settings))
     folder.mkdir(parents=True, exist_ok=True)
     print_study(swept, folder)
     raise typer.Exit(1 if swept.failures else 0)

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from mdd_bench.errors import SpecError, WeightsError
-from mdd_bench.parts.backbone import PROCEDURAL, Backbone, build_pyramid, hash_weights, procedural_file, read_recipe
+from mdd_bench.parts.backbone import (
+    PROCEDURAL, Backbone, build_pyramid, hash_weights, procedural_file, read_recipe,
+)
 from mdd_bench.parts.pictures import FAMILIES, MARK, add_marks, camera, materials, pictures, uniform
 from mdd_bench.parts.pretraining import (
     RECIPE, Learner, Pool, draw_positions, marks_loss, materials_loss, places_loss, pretrain, tasks_in,

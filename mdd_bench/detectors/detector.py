@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib.metadata import entry_points
 from pathlib import Path
+import torch
 from torch import Tensor, nn
 from ..errors import SpecError, unknown
 from ..options import chosen_options, complete_options, declared_options, describe_values, option
@@ -224,7 +225,7 @@ def create_detector(
     **options,         # of this method; those left out keep their documented defaults
 ) -> Detector:
     "A detector by name; raises `SpecError` for an unknown name or option."
-    return detector_class(name)(backbone, classes, **options)
+    return detector_class(name)(backbone, classes, **options).to(memory_format=torch.channels_last)
 
 # %% ../../nbs/detectors/20_detector.ipynb #f3acad50
 TEXTURES = ("procedural", "images")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['flags', 'plain_command', 'notebook_command', 'Failure', 'run_process', 'failure_reason', 'make_record', 'run_label',
-           'shared_trainings', 'make_records', 'check_sweep', 'Swept', 'is_done', 'sweep', 'sweep_notebook',
-           'without_timing', 'execute_study']
+           'by_training', 'threads_of_a_run', 'jobs_that_fit', 'SweepBar', 'make_group', 'make_records', 'check_sweep',
+           'Swept', 'is_done', 'sweep', 'sweep_notebook', 'without_timing', 'execute_study']
 
 # %% ../../nbs/running/59_sweep.ipynb #5c7a4fa3
-import base64, json, subprocess, sys, tempfile
-from collections import Counter
+import base64, json, os, subprocess, sys, tempfile, threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import yaml
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..detectors.detector import full_options
 from ..errors import SpecError
 from .identity import Resolved, resolve
-from .runtime import BAR, read_progress
+from .runtime import BAR, choose_device, read_progress
 from .spec import RunSpec
 from .store import Record, Store, find_model
 from .study import SETTINGS, NamedSpec, Study, given, load_study, study_path
@@ -72,8 +72,9 @@ def run_process(
     arguments: list[str],
     tick=lambda: None,     # a function that is called every half second
 ) -> tuple:                # (exit code, what was printed)
-    "Run one command to its end; when this process is interrupted, the command is killed."
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    "Run one command to its end; when this process is interrupted, or `tick` raises, the command is killed."
+    env = os.environ | dict(OMP_NUM_THREADS=str(threads_of_a_run()))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env)
     with subprocess.Popen(arguments, **pipes) as process:
         try:
             while True:
@@ -120,33 +121,97 @@ def run_label(named: NamedSpec) -> str:
     "A run in a few words, for the progress bar."
     return f"{named.arm or named.spec.detector}, seed {named.spec.seed}"
 
-def shared_trainings(resolved: list[Resolved]) -> set[str]:
-    "The training ids that several runs have in common."
-    runs = {r.run_id: r.training_id for r in resolved}
-    return {training_id for training_id, n in Counter(runs.values()).items() if n > 1}
+def by_training(
+    runs: list[tuple],    # (Resolved, label)
+) -> list[list[tuple]]:   # those that share their trained weights are in one list
+    "The runs in groups that must be made one after another, because the first trains for the others."
+    groups = {}
+    for resolved, label in runs:
+        groups.setdefault(resolved.training_id, []).append((resolved, label))
+    return list(groups.values())
+
+# %% ../../nbs/running/59_sweep.ipynb #68dee54a
+def threads_of_a_run() -> int:
+    "The threads that a run of a sweep uses."
+    return int((os.environ.get("OMP_NUM_THREADS") or "1").split(",")[0])
+
+def jobs_that_fit(
+    device: str | None,  # of the runs; None: a GPU where there is one
+) -> int:                # at least 1
+    "How many runs are made at once where it is not said."
+    if choose_device(device).type != "cpu": return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores//threads_of_a_run())
+
+# %% ../../nbs/running/59_sweep.ipynb #4334f47d
+class SweepBar:
+    "The bar of a sweep, of which several runs may be under way."
+    def __init__(self,
+        bar: tqdm,    # counts runs
+        total: int,   # runs to make
+    ):
+        self.bar, self.total, self.ended = bar, total, 0
+        self.running = {}     # label -> (fraction done, stage)
+
+    def show(self, label: str, fraction: float, stage: str):
+        "Show how far a run is."
+        self.running[label] = fraction, stage
+        self.draw()
+
+    def finish(self, label: str, outcome: str):
+        "Count a run that has ended."
+        self.running.pop(label, None)
+        self.ended += 1
+        self.draw()
+        if self.bar.disable:
+            print(f"{self.ended}/{self.total} {label}: {outcome}", file=sys.stderr, flush=True)
+
+    def draw(self):
+        "Draw the bar."
+        running = list(self.running.items())
+        self.bar.n = self.ended + sum(fraction for _, (fraction, _) in running)
+        stages = [f"{label}: {stage}" for label, (_, stage) in running]
+        self.bar.set_description_str("; ".join([f"{self.ended}/{self.total}", *stages]))
+
+# %% ../../nbs/running/59_sweep.ipynb #37d86362
+def make_group(
+    group: list[tuple],     # (Resolved, label) of runs that share a training
+    store: Store,
+    plain: bool,            # without notebooks
+    settings: dict,         # device, workers, cache_gb, keep_model
+    progress: SweepBar,
+    stop: threading.Event,  # when it is set, the run under way is killed
+) -> list[Failure]:
+    "Make the records of a group one after another; returns what failed."
+    failures = []
+    for resolved, label in group:
+        def show(fraction, stage, label=label):
+            if stop.is_set(): raise KeyboardInterrupt
+            progress.show(label, fraction, stage)
+        keep = settings["keep_model"] or len(group) > 1
+        failure = make_record(resolved, store, plain, settings | dict(keep_model=keep), show)
+        if failure: failures.append(failure)
+        progress.finish(label, "failed" if failure else "done")
+    return failures
 
 def make_records(
     missing: list[tuple],  # (Resolved, label) of the runs to make
     store: Store,
     plain: bool,           # without notebooks
     settings: dict,        # device, workers, cache_gb, keep_model
-    shared: set[str],      # training ids whose model is kept
+    jobs: int,             # how many runs at once
     bar: tqdm,             # counts runs
 ) -> list[Failure]:
-    "Make records one after another; returns what failed."
-    failures = []
-    for k, (resolved, label) in enumerate(missing):
-        head = f"{k + 1}/{len(missing)} {label}"
-        def show(done, stage, head=head, k=k):
-            bar.n = k + done
-            bar.set_description_str(f"{head}: {stage}")
-        keep = settings["keep_model"] or resolved.training_id in shared
-        failure = make_record(resolved, store, plain, settings | dict(keep_model=keep), show)
-        if failure: failures.append(failure)
-        outcome = "failed" if failure else "done"
-        show(1, outcome)
-        if bar.disable: print(f"{head}: {outcome}", file=sys.stderr, flush=True)
-    return failures
+    "Make records, several at once; returns what failed."
+    progress, stop = SweepBar(bar, len(missing)), threading.Event()
+    with ThreadPoolExecutor(jobs) as pool:
+        groups = by_training(missing)
+        futures = [pool.submit(make_group, g, store, plain, settings, progress, stop) for g in groups]
+        try: return [failure for future in futures for failure in future.result()]
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 # %% ../../nbs/running/59_sweep.ipynb #03c4311b
 def check_sweep(
@@ -187,6 +252,7 @@ def sweep(
     cache_gb: float = 4,       # largest feature cache of one set of images, gigabytes; 0: none
     keep_model: bool = False,  # keep the models of all runs
     plain: bool = False,       # without papermill: no notebook for each run
+    jobs: int | None = None,   # how many runs at once; None: as many as fit
 ) -> Swept:
     "Make the records of a study that are missing; raises an `MddBenchError` before the first run."
     named, store = study.named_specs(), Store(out)
@@ -200,8 +266,7 @@ def sweep(
             runs[resolved.run_id] = (resolved, run_label(n))
         missing = [(r, label) for r, label in runs.values() if not is_done(r, store, keep_model)]
         bar.total, bar.leave = len(missing), bool(missing)
-        shared = shared_trainings([r for r, _ in runs.values()])
-        failures = make_records(missing, store, plain, settings, shared, bar)
+        failures = make_records(missing, store, plain, settings, jobs or jobs_that_fit(device), bar)
     records = [store.load(run_id) for run_id, (r, _) in runs.items() if store.has(run_id, r.spec.protocols)]
     return Swept(study, Path(out), records, failures)
 
@@ -232,13 +297,14 @@ def without_timing(
 def execute_study(
     study: Study,
     out: Path,    # the study's folder
+    tick=lambda: None,   # a function that is called every half second
     **settings,   # device, workers, cache_gb, keep_model of the sweep, for runs that are tried again
 ) -> Path:        # the executed notebook
     "Execute a study's notebook into its folder; raises `SpecError` naming the unfinished one when it fails."
     part, final = Path(out)/f"{study.name}.part.ipynb", Path(out)/f"{study.name}.ipynb"
     part.parent.mkdir(parents=True, exist_ok=True)
     parameters = study.notebook_parameters() | settings | dict(out=str(out))
-    code, printed = run_process(notebook_command(study.name, part, parameters))
+    code, printed = run_process(notebook_command(study.name, part, parameters), tick)
     if code:
         problem = f"the notebook of the study {study.name} failed: {failure_reason(printed)}"
         raise SpecError(problem, f"see {part}; the records are kept")
