@@ -7,8 +7,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test test-all lint notebooks peers lab clean check-notebooks
-demo: .venv/.installed
-	mdd_bench sweep benchmark --out results/demo
+# From a fresh clone to a table and a picture; only what a run needs is installed.
+demo: .venv/.demo
+	OMP_NUM_THREADS=1 mdd_bench sweep benchmark --out results/demo
 
 test: .venv/.installed lint check-notebooks
 	OMP_NUM_THREADS=1 pytest -q -n 2 -m "not slow"
@@ -41,8 +42,17 @@ clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .last_checked nbs/_text
 
 # A changed settings.ini updates the environment; otherwise it is used as it is.
-.venv/.installed: settings.ini setup.py pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mdd_bench needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+INSTALLED_FROM := settings.ini setup.py pyproject.toml
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mdd_bench needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: $(INSTALLED_FROM) | .venv/bin/python
+	$(INSTALL) -e '.[lite0]'
 	touch $@
+
+.venv/.installed: $(INSTALLED_FROM) | .venv/bin/python
+	$(INSTALL) --quiet -e '.[dev]'
+	touch $@ .venv/.demo

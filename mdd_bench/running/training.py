@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'FETCHED', 'seed_all', 'to_device', 'loaded_batches', 'feed', 'cached_features', 'select',
            'LabelledAnomalies', 'TrainingData', 'labelled_anomalies', 'load_training_data', 'make_optimizer',
-           'set_rates', 'check_finite', 'train_step', 'LossTerms', 'save_checkpoint', 'load_checkpoint', 'History',
-           'RepeatableBatches', 'clean_batches', 'call_hook', 'train_epoch', 'train_epochs', 'train']
+           'set_rates', 'check_finite', 'train_step', 'has_bfloat16', 'warn_of_imitation', 'LossTerms',
+           'save_checkpoint', 'load_checkpoint', 'History', 'RepeatableBatches', 'clean_batches', 'call_hook',
+           'train_epoch', 'train_epochs', 'train']
 
 # %% ../../nbs/running/53_training.ipynb #3901292d
-import csv, math, os, random, time
+import csv, math, os, random, time, warnings
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +223,20 @@ def train_step(
     optimizer.step()
     return {name: term.detach() for name, term in terms.items()}
 
+# %% ../../nbs/running/53_training.ipynb #d33f0ab1
+def has_bfloat16(device: torch.device) -> bool:
+    "Whether a device has instructions for bfloat16; for the CPU, as far as torch can tell."
+    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"): return True
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+def warn_of_imitation(precision: str, device: torch.device):
+    "Warn where bfloat16 is asked for and a device only imitates it."
+    if precision == "bfloat16" and not has_bfloat16(device):
+        warnings.warn("no instructions for bfloat16 here: --precision float32 is several times faster",
+                      stacklevel=2)
+
 # %% ../../nbs/running/53_training.ipynb #9aa90ab4
 FETCHED = 10     # steps whose losses are fetched together (ours)
 
@@ -362,6 +377,7 @@ def train(
     save_last: bool = False,     # save at the end of the last epoch too
 ):
     "Train in place, from a checkpoint in `folder` if there is one; raises `TrainingError` (`check_finite`)."
+    warn_of_imitation(precision, runtime.device)
     clean = clean_batches(detector, data, recipe.batch, runtime)
     seed_all(seed)
     call_hook(detector, detector.prepare, clean)
