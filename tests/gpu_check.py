@@ -7,9 +7,9 @@
     runs           whole runs on the CPU and, twice, on the GPU
     throughput     images per second, share of the matrix rate, peak memory: wide_resnet50_2 at 256 pixels
 
-Every part has a `try` of its own; `gpu_check.json` and `gpu_check.md` in the folder are written as each ends, and
-what is not begun in time is reported as not run. Exit code 0: everything holds; 1: something does not; 2: no such
-device. `--device cpu --quick` runs all of it at tiny size, to test this script. It needs no pytest."""
+Every part has a `try` of its own; `gpu_check.json` and `gpu_check.md` in the folder are written as each ends,
+and what is not begun in time is reported as not run. Exit code 0: everything holds; 1: something does not;
+2: no such device. `--device cpu --quick` runs all of it at tiny size, to test this script, without pytest."""
 import argparse, contextlib, gc, json, math, os, shutil, subprocess, sys, tempfile, time, traceback, warnings
 from copy import deepcopy
 from functools import cache
@@ -103,15 +103,15 @@ def markdown(data):
 NOTES = dict(
     environment="",
     agreement="""CPU beside the device, in float32 without TF32, from the same prepared detector with the same
-noise, dropout off. Differences of maps are the largest, as a share of the range of the CPU's maps: `start` before
-five training steps and the hooks, `end` after them. `own`: where `prepare` on the device gives something else.""",
+noise, dropout off. Differences of maps are the largest, as a share of the range of the CPU's: `start` before
+five training steps and the hooks, `end` after them. `own`: what `prepare` on the device gives otherwise.""",
     repeatability="Prepared, trained five steps, finished and used twice on the device, from one seed.",
     evaluators="Tensors on the device give what arrays give, bit for bit.",
     runs="""One spec on the CPU and twice on the device, where features are computed anew and then stored.
 Differences of the means over classes; not judged where a method draws its noise on the device.""",
     throughput="""Training steps with the features on the device already; then as a run trains, with features
-read from a cache, and computed. The share of the matrix rate is the operations of a step (torch's counter) over
-its time, by what one large product of the same precision reaches.""",
+read from a cache, and computed. The share of the matrix rate is the operations of a step (by torch's counter)
+over its time, by what one large product of the same precision reaches.""",
 )
 
 STICKY = ("CUDA error", "device-side assert", "illegal memory access")     # after these nothing runs any more
@@ -201,6 +201,7 @@ def seed(strict, epoch=0):
 def prepared(variant, device, strict=False):
     "A detector after `prepare`, untrained."
     name, options = VARIANTS[variant]
+    drawn_data(variant)                  # before the seed: it draws numbers too
     seed(strict)
     detector = create_detector(name, pyramid(), classes=2, **options).to(device).eval()
     call_hook(detector.prepare, variant, device)
@@ -236,13 +237,13 @@ def apart(a, b):
 
 # ---- agreement
 
-# Rounding, to about 1e-7 on both devices but in another order, decides the sign of Adam's steps where a gradient
-# is nearly zero: five steps of rd4ad as its recipe has them bring maps apart by 6%. So learning rates are a
+# Rounding, to about 1e-7 on both devices but in another order, decides the sign of Adam's steps where
+# gradients are nearly zero: five steps of rd4ad by its recipe bring maps apart by 6%. So learning rates are a
 # hundredth here, and eps is 1e-3 instead of 1e-8: steps then follow the gradients, which are compared too.
 #
-# By how much of their range maps may differ before training. Then, by detector, after it; by how much of their
-# length gradients may; and why. `--floor` measures, on the CPU alone, how far features that differ by 1e-7 bring a
-# training apart: the tolerances are about a hundred times that, and at least the first of these.
+# By how much of their range maps may differ before training; then, by detector, after it, by how much of
+# their length gradients may, and why. `--floor` measures on the CPU alone how far features that differ by
+# 1e-7 bring a training apart; the tolerances are about a hundred times that, or more.
 START = 2e-4
 TOLERANCES = {
     "bgad": (1e-3, .05, "long sums of squares, through eight couplings a level"),
@@ -279,9 +280,9 @@ def gradient_difference(a, b):
     return math.sqrt(difference/length)
 
 def shared_rows(a, b):
-    "The share of a bank's rows that are in another bank too."
-    rows = {row.tobytes() for row in b.cpu().numpy()}
-    return sum(row.tobytes() in rows for row in a.cpu().numpy())/max(1, len(a))
+    "The share of a bank's rows that another bank has too, but for rounding."
+    a, b = a.cpu().double(), b.cpu().double()
+    return (torch.cdist(a, b).amin(1) <= 1e-4*b.norm(dim=1).max()).double().mean().item()
 
 def own_preparation(reference, variant, device):
     "What `prepare` on the device itself gives, beside the CPU's."
@@ -289,7 +290,9 @@ def own_preparation(reference, variant, device):
     state = own.state_dict()
     for name, tensor in reference.state_dict().items():
         other = state[name].cpu()
-        if name.endswith(("bank", "rows")): found[f"shared rows of {name}"] = shared_rows(other, tensor)
+        if name.endswith(("bank", "banks.normal.rows", "banks.abnormal.rows")):
+            share = shared_rows(other, tensor)
+            if share < 1: found[f"shared rows of {name}"] = share
         elif other.shape != tensor.shape: found[name] = f"{list(other.shape)}, CPU {list(tensor.shape)}"
         elif not torch.allclose(other.float(), tensor.float(), rtol=1e-3, atol=1e-4):
             found[f"difference of {name}"] = (other.float() - tensor.float()).abs().max().item()
@@ -366,10 +369,19 @@ def strict_pass(variant, device):
     finally: torch.use_deterministic_algorithms(True, warn_only=True)
     return "passes"
 
+@contextlib.contextmanager
+def all_warnings():
+    "Inside, torch's C++ warns every time; gives the list of warnings."
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield caught
+    finally: torch.set_warn_always(False)
+
 def repeatability(variant, row, device):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        (maps, weights), (maps_again, weights_again) = whole(variant, device), whole(variant, device)
+    with all_warnings() as caught: maps, weights = whole(variant, device)
+    maps_again, weights_again = whole(variant, device)
     warned = {str(w.message).partition(",")[0][:160] for w in caught if "determinis" in str(w.message)}
     row |= dict(maps=torch.equal(maps, maps_again), weights=same_weights(weights, weights_again))
     row |= dict(warned=sorted(warned), strict=strict_pass(variant, device))
@@ -385,11 +397,12 @@ def evaluator_cases(device):
         for kind in tensor_checks.TENSORS:
             yield f"{kind}, {mode}", tensor_checks.tensors_count_as_arrays, (device, kind, mode)
         for bad in tensor_checks.BAD_SCORES:
-            yield f"bad {bad[0]}, {mode}", tensor_checks.a_bad_score_is_named_and_not_kept, (device, *bad, mode)
+            yield (f"bad {bad[0]}, {mode}", tensor_checks.a_bad_score_is_named_and_not_kept,
+                   (device, *bad, mode))
         for scores in tensor_checks.SCORES:
             for number, waiting in ((0, 0), (1, 8), (2, 1)):
-                yield f"{scores}, {mode}", tensor_checks.tensors_of_any_scores, (
-                    device, number, scores, mode, waiting)
+                yield (f"{scores}, {mode}", tensor_checks.tensors_of_any_scores,
+                       (device, number, scores, mode, waiting))
 
 def evaluators(name, row, device):
     cases, failed = list(evaluator_cases(device)), []
@@ -597,8 +610,9 @@ def measure_tests(bench):
     sizes, device = bench.sizes, bench.device
     pictures = torch.from_numpy(bench.images.pictures[:sizes.batch]).to(device)
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
-    actions = {"from features, images/s": bench.predict, "from images, images/s": lambda: bench.test(pictures)}
-    found = {name: sizes.batch/seconds_each(action, device, sizes.seconds) for name, action in actions.items()}
+    from_features = seconds_each(bench.predict, device, sizes.seconds)
+    from_images = seconds_each(lambda: bench.test(pictures), device, sizes.seconds)
+    found = {"features, images/s": sizes.batch/from_features, "images, images/s": sizes.batch/from_images}
     if device.type == "cuda": found["peak memory, MiB"] = torch.cuda.max_memory_allocated(device)/2**20
     return dict(test=found)
 
@@ -660,7 +674,6 @@ def main():
         print("no GPU that torch can use: nothing was checked (--device cpu --quick tests this script)")
         return 2
     warnings.filterwarnings("ignore", message=".*RANDOM")
-    torch.set_warn_always(True)          # or each missing deterministic operation is told once in a process
     if arguments.floor: return print_floor(arguments.detectors)
     if arguments.device.startswith("cuda"): torch.set_num_threads(min(8, os.cpu_count()))
     report = Report(arguments.out, arguments.seconds, arguments.resume)

@@ -79,7 +79,7 @@ class PretendedGPU(TorchDispatchMode):
         return tree_map(back, result)
 
 def only_indices(args):
-    "Whether nothing but indices is on the CPU: `args` are the tensor, the indices and, for `index_put`, values."
+    "Whether no more than indices is on the CPU: `args` are a tensor, indices and, for `index_put`, values."
     tensor, _, *values = args
     values = [v for v in values[:1] if isinstance(v, torch.Tensor) and v.dim()]
     return all(isinstance(t, OnGPU) for t in (tensor, *values))
