@@ -145,20 +145,25 @@ def start_again(report):
 
 # ---- environment
 
-def command_output(*command):
-    "What a command prints, or why not."
-    try: return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as e: return repr(e)
+def or_why_not(found, *arguments):
+    "What a function returns, or its error as text."
+    try: return found(*arguments)
+    except Exception as e: return first_line(e)
+
+def nvidia_smi(asked):
+    "What the driver's own tool says."
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
 
 def environment(name, row, device):
     import sklearn, timm
     row |= dict(python=sys.version.split()[0], threads=torch.get_num_threads(), cores=os.cpu_count())
     row |= {module.__name__: module.__version__ for module in (torch, timm, np, sklearn)}
     if device.type != "cuda": return
+    row |= dict(cuda=torch.version.cuda, cudnn=or_why_not(torch.backends.cudnn.version))
+    row |= {asked: or_why_not(nvidia_smi, asked) for asked in ("driver_version", "clocks.max.sm", "power.limit")}
     card = torch.cuda.get_device_properties(device)
     row |= dict(card=card.name, memory_gib=card.total_memory/2**30, processors=card.multi_processor_count)
-    row |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-    row["driver"] = command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     row["tf32 in convolutions"] = torch.backends.cudnn.allow_tf32
     row["tf32 in products"] = torch.backends.cuda.matmul.allow_tf32
 
