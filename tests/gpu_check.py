@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 import tensor_checks
 from drawn_batches import VARIANTS, hook_batches, images, learns_from_labels, pyramid, training_batches
+from mdd_bench.data.catalog import cache_dir
 from mdd_bench.data.defects import Defects, Textures
 from mdd_bench.data.loading import ImageDataset
 from mdd_bench.detectors.detector import create_detector, detector_class, list_detectors
@@ -161,7 +162,8 @@ def environment(name, row, device):
     row |= {module.__name__: module.__version__ for module in (torch, timm, np, sklearn)}
     if device.type != "cuda": return
     row |= dict(cuda=torch.version.cuda, cudnn=or_why_not(torch.backends.cudnn.version))
-    row |= {asked: or_why_not(nvidia_smi, asked) for asked in ("driver_version", "clocks.max.sm", "power.limit")}
+    asked = "driver_version", "clocks.max.sm", "power.limit"
+    row |= {name: or_why_not(nvidia_smi, name) for name in asked}
     card = torch.cuda.get_device_properties(device)
     row |= dict(card=card.name, memory_gib=card.total_memory/2**30, processors=card.multi_processor_count)
     row["tf32 in convolutions"] = torch.backends.cudnn.allow_tf32
@@ -661,6 +663,15 @@ def sections(report, device, quick, only):
         throughput=lambda s: each(report, s, measured, lambda n, r: throughput(n, r, device, sizes, report)),
     )
 
+@contextlib.contextmanager
+def own_cache():
+    "Inside, features are stored apart; drawn datasets are kept where they always are."
+    drawn = cache_dir()/"embedded"
+    drawn.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, MDD_BENCH_CACHE=cache):
+        (Path(cache)/"embedded").symlink_to(drawn)
+        yield
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder of the two reports")
@@ -684,7 +695,7 @@ def main():
     report = Report(arguments.out, arguments.seconds, arguments.resume)
     device = torch.device(arguments.device)
     todo = sections(report, device, arguments.quick, arguments.detectors)
-    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, MDD_BENCH_CACHE=cache):
+    with own_cache():
         for section in arguments.sections: todo[section](section)
     report.write()
     print(*report.failures() or ["everything holds"], sep="\n")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest, torch
 import gpu_check
 import mdd_bench.detectors.uniad as uniad
+import tensor_checks
 from conftest import ROOT, small_spec
 from drawn_batches import VARIANTS
 from pretended_gpu import pretended_gpu
@@ -76,6 +77,15 @@ def test_a_whole_run_on_a_gpu_gives_what_the_cpu_gives(detector, tmp_path):
     assert not gpu.cpu_indices and on_gpu.cost["device"] == "pretended"
     assert on_gpu.metrics["exact"]["mean"] == pytest.approx(record.metrics["exact"]["mean"], abs=1e-3)
 
+def test_evaluators_take_tensors_on_a_gpu(gpu, monkeypatch):
+    "But for those of inference mode: torch does not tell the pretended GPU what is done to them."
+    monkeypatch.delitem(tensor_checks.TENSORS, "of inference")
+    few = {name: tensor_checks.SCORES[name] for name in ("negative", "zeros")}
+    monkeypatch.setattr(tensor_checks, "SCORES", few)
+    row = {}
+    gpu_check.evaluators("tensors", row, CUDA)
+    assert row["holds"] and row["cases"] > 30, row["failed"]
+
 # --- make gpu-check
 
 def started(tmp_path, monkeypatch, *arguments):
@@ -92,11 +102,11 @@ NOT_NEEDED = ("IPython", "dask", "distributed", "fastcore", "hypothesis", "matpl
               "papermill", "pytest", "seaborn")
 
 def test_it_needs_no_more_than_a_run_does(tmp_path):
-    "In a process where none of the others can be imported, one detector trains, predicts and runs."
+    "In a process where none of the others can be imported, a detector goes through whole runs."
     blocked = f"import sys, runpy; sys.modules.update(dict.fromkeys({NOT_NEEDED}))"
     code = f"{blocked}; runpy.run_path('tests/gpu_check.py', run_name='__main__')"
-    sections = ["environment", "agreement", "runs"]
-    arguments = ["--device", "cpu", "--quick", "--detectors", "patchcore", "--out", tmp_path, "--sections"]
+    sections = ["environment", "runs"]
+    arguments = ["--device", "cpu", "--detectors", "patchcore", "--out", tmp_path, "--sections"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code, *arguments, *sections], capture_output=True, text=True,
                           cwd=ROOT, env=environment)
@@ -113,6 +123,19 @@ def test_all_of_it_holds_on_the_cpu(tmp_path, monkeypatch):
     for name, row in data["sections"]["throughput"].items():
         values = [v for v in gpu_check.flat(row).values() if not isinstance(v, str)]
         assert values and min(values) > 0, name
+
+@slow
+@pytest.mark.parametrize("detector", list_detectors())
+def test_all_of_it_runs_on_a_gpu(gpu, detector, tmp_path, monkeypatch):
+    "On the pretended one, where times mean nothing."
+    monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path/"cache"))
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
+    report = gpu_check.Report(tmp_path, 1000, False)
+    todo = gpu_check.sections(report, CUDA, True, [detector])
+    for section in ("repeatability", "runs", "throughput"): todo[section](section)
+    assert report.failures() == [] and not gpu.cpu_indices
+    assert detector in report.rows("throughput") and detector in report.rows("runs")
 
 def test_what_fails_is_named_and_the_rest_goes_on(tmp_path):
     report = gpu_check.Report(tmp_path, 100, False)
