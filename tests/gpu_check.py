@@ -133,6 +133,7 @@ def each(report, section, names, check, least=15):
         except Exception as e:
             row["error"] = first_line(e)
             row["where"] = traceback.format_exc(limit=-4)
+        if "holds" in row: row["holds"] = bool(row["holds"])
         row["seconds"] = round(time.time() - start, 1)
         report.write()
         if any(word in row.get("error", "") for word in STICKY): start_again(report)
