@@ -34,6 +34,7 @@ def seed_all(
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False     # float32 is to mean float32 on a GPU too
     random.seed(f"{seed} {epoch}")
     state = random.getrandbits(32)
     np.random.seed(state)
