@@ -225,7 +225,8 @@ def train(detector, variant, device, strict=False, gently=False):
     for step in range(STEPS if optimizer else 0):
         if step in (0, 2): seed(strict, 1 + step)
         detector.train()
-        terms.append(train_step(detector, batches[step % 2], optimizer, recipe, "float32", 0, step))
+        losses = train_step(detector, batches[step % 2], optimizer, recipe, "float32")
+        terms.append({name: loss.item() for name, loss in losses.items()})
         detector.eval()
         if step in (1, STEPS - 1): call_hook(detector.on_epoch, variant, device, step//2)
     call_hook(detector.finish, variant, device)
@@ -553,7 +554,7 @@ class Workbench:
     def step(self, batch, precision):
         "One training step."
         self.detector.train()
-        return train_step(self.detector, batch, self.optimizer, self.recipe, precision, 0, 0)
+        return train_step(self.detector, batch, self.optimizer, self.recipe, precision)
 
     def epoch(self, features, precision):
         "Train on all images once."

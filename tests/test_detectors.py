@@ -42,7 +42,7 @@ def trained(variant, on="small", seed=0, copy=0):
             seed_all(seed, epoch + 1)
             detector.train()
             for step, batch in enumerate(batches):
-                train_step(detector, batch, optimizer, recipe, "float32", epoch, step)
+                train_step(detector, batch, optimizer, recipe, "float32")
             call_hook(detector.on_epoch, epoch)
     call_hook(detector.finish)
     return detector.eval()

@@ -29,7 +29,8 @@ def make(backbone, seed=0, **options):
 def train(detector, optimizer, features, steps, recipe=None, precision="float32"):
     "Loss terms of some steps on one batch."
     recipe, batch = recipe or detector.recipe, dict(features=features)
-    return [train_step(detector, batch, optimizer, recipe, precision, 0, i) for i in range(steps)]
+    terms = [train_step(detector, batch, optimizer, recipe, precision) for _ in range(steps)]
+    return [{name: loss.item() for name, loss in step.items()} for step in terms]
 
 def trained(backbone, **options):
     "A detector after a few steps, so that the running statistics are not those of the start."
