@@ -311,12 +311,12 @@ def cache(
     store = FeatureStore(store_folder())
     if clear:
         removed, kept = clear_store(store)
-        print(f"removed {removed/1e9:.3f} GB from {store.root}; {kept} in use were kept")
+        print(f"removed {removed/1e9:.4f} GB from {store.root}; {kept} in use were kept")
         return
     entries = store.entries()
     if entries: print(pd.DataFrame(map(entry_row, entries)).to_string(index=False))
     total = sum(entry.size for entry in entries)/1e9
-    print(f"{total:.3f} GB in {store.root}; a run keeps it below {store.limit/1e9:g} GB, or its --cache-gb")
+    print(f"{total:.4f} GB in {store.root}; a run keeps it below {store.limit/1e9:g} GB, or its --cache-gb")
 
 # %% ../nbs/cli.ipynb #a515cc21
 INTERRUPTED = 130

@@ -1,9 +1,12 @@
 "The feature store: one limit, several writers, damage, a disk that fails; and never another record."
-import os, signal, subprocess, sys, time
+import os, time
+from multiprocessing import get_context
 from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from mdd_bench.data.catalog import cache_dir
+from mdd_bench.data.synthetic import write_embedded
 from mdd_bench.parts.backbone import Backbone
 from mdd_bench.parts.feature_cache import (
     MANIFEST, FeatureStore, clean_features, clear_store, open_feature_cache)
@@ -45,6 +48,7 @@ def test_features_do_not_depend_on_the_batch():
 
 # --- one limit
 
+@pytest.mark.filterwarnings("ignore:.*no room for all")
 def test_least_recently_used_goes_and_nothing_in_use(tmp_path):
     "Room for two sets of 4 KB and a manifest each."
     limit = KILOBYTE*15
@@ -101,7 +105,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path, how):
 def test_a_folder_that_cannot_be_made_is_one_warning(tmp_path):
     (tmp_path/"file").write_text("")
     with pytest.warns(UserWarning, match="going on without") as said:
-        assert open_set(tmp_path/"file"/"features") is None
+        for name in ("a", "b"): assert open_set(tmp_path/"file"/"features", name) is None
     assert len(said) == 1
 
 def test_a_full_disk_is_one_warning_and_leaves_nothing(tmp_path, monkeypatch):
@@ -113,7 +117,7 @@ def test_a_full_disk_is_one_warning_and_leaves_nothing(tmp_path, monkeypatch):
 def test_an_almost_full_disk_holds_a_part(tmp_path, monkeypatch):
     usage = SimpleNamespace(total=10**9, used=0, free=7000)
     monkeypatch.setattr("mdd_bench.parts.feature_cache.shutil.disk_usage", lambda path: usage)
-    cache = open_set(tmp_path)
+    with pytest.warns(UserWarning, match="no room for all"): cache = open_set(tmp_path)
     assert 0 < len(cache) < 10
     assert_right(cache)
 
@@ -125,58 +129,81 @@ def test_a_failure_while_computing_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt): open_set(tmp_path, backbone=Failing())
     assert not FeatureStore(tmp_path).entries()
 
+def test_commands_go_on_without_a_cache_folder(cli, tmp_path, monkeypatch):
+    "Digests are computed again, and the store is empty."
+    data = write_embedded(tmp_path/"data", "smoke", classes=["gear"])
+    (tmp_path/"file").write_text("")
+    monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path/"file"/"cache"))
+    for command in (["datasets", data], ["cache"], ["cache", "--clear"]):
+        code, _, problems = cli(*command)
+        assert (code, problems) == (0, "")
+
+def test_a_user_without_a_home_has_a_folder_that_cannot_be_made(monkeypatch):
+    def homeless(path): raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr("mdd_bench.data.catalog.Path.expanduser", homeless)
+    with pytest.raises(OSError): (cache_dir()/"features").mkdir(parents=True)
+
+def test_cache_lists_and_clears(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path))
+    held, _ = open_set(store_folder(), "held"), open_set(store_folder(), "idle")
+    del _
+    code, listed, _ = cli("cache")
+    assert code == 0 and "held" in listed and "idle" in listed and "10 of 10" in listed
+    code, cleared, _ = cli("cache", "--clear")
+    assert code == 0 and "1 in use were kept" in cleared and names(store_folder()) == ["held"]
+    assert_right(held)
+
 # --- several processes
 
-PROCESS = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from test_store import *
 class Slow(Doubling):
     def __call__(self, images):
-        time.sleep(.3)
+        time.sleep(.1)
         return super().__call__(images)
-backbone = Slow()
-print("ready", flush=True)
-cache = open_set({root!r}, sys.argv[1], float(sys.argv[2])*KILOBYTE, backbone)
-assert_right(cache)
-print(backbone.seen, len(cache), flush=True)
-sys.stdin.readline()
-"""
+
+def open_slowly(root, identity, pipe):
+    "Open a set, tell how many images were computed and are stored, and hold it until something is sent."
+    backbone = Slow()
+    cache = open_set(root, identity, KILOBYTE*15, backbone)
+    assert_right(cache)
+    pipe.send((backbone.seen, len(cache)))
+    pipe.recv()
 
 @pytest.fixture
 def start(tmp_path):
-    "A function: a process that opens a set slowly, tells, and holds it until it is given a line."
-    code = PROCESS.format(tests=os.path.dirname(__file__), root=str(tmp_path/"store"))
-    started = []
-    def begin(identity, kilobytes=100):
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        started.append(subprocess.Popen([sys.executable, "-c", code, identity, str(kilobytes)], **pipes))
-        return started[-1]
+    "A function: a process that runs `open_slowly`, and the pipe to it."
+    started, forking = [], get_context("fork")     # a fresh process would import torch for seconds
+    def begin(identity):
+        ours, theirs = forking.Pipe()
+        process = forking.Process(target=open_slowly, args=(tmp_path/"store", identity, theirs), daemon=True)
+        process.start()
+        started.append(process)
+        return process, ours
     yield begin
-    for process in started: process.kill(), process.wait()
-
-def answer(process):
-    "How many images the process computed, and how many it found or stored."
-    return [int(word) for word in process.stdout.readline().split()]
+    for process in started:
+        process.kill()
+        process.join()
 
 def test_processes_share_one_store(start, tmp_path):
-    """Two want the same set: one computes it. A third wants another one and gets what room there is left.
+    """Of two that want the same set one computes it, while a third writes another one under the same limit.
 
     Nothing of theirs goes while they live; what a killed writer left goes when the next one comes."""
-    root, processes = tmp_path/"store", [start("same", 15), start("same", 15), start("other", 15)]
-    for process in processes: process.stdout.readline()
-    answers = [answer(process) for process in processes]
-    assert sorted(seen > 1 for seen, _ in answers[:2]) == [False, True] or sum(s for s, _ in answers[:2]) < 24
+    root = tmp_path/"store"
+    started = [start(identity) for identity in ("same", "same", "other")]
+    answers = [pipe.recv() for _, pipe in started]
+    assert sorted(seen >= 12 for seen, _ in answers) == [False, True, True]
     assert all(stored == 10 for _, stored in answers)
     assert names(root) == ["other", "same"] and clear_store(FeatureStore(root)) == (0, 2)
-    for process in processes: process.communicate("\n")
-    writer = start("killed")
-    writer.stdout.readline()
+    for process, _ in started:
+        process.kill()
+        process.join()
+    writer, _ = start("killed")
     while not list(root.glob("*.part")): time.sleep(.01)
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
-    open_set(root, "next")
-    assert not list(root.glob("*.part")) and names(root) == ["next", "other", "same"]
+    writer.kill()
+    writer.join()
+    open_set(root, "next", KILOBYTE*15)
+    assert not list(root.glob("*.part")) and "next" in names(root) and len(names(root)) == 2
+    removed, kept = clear_store(FeatureStore(root))
+    assert removed > 8000 and kept == 0
 
 # --- the record
 
