@@ -249,7 +249,7 @@ def sweep(
     out,                       # results folder
     device: str | None = None, # of the runs; None: a GPU where there is one
     workers: int = 0,          # processes that load images, in each run
-    cache_gb: float = 4,       # largest feature cache of one set of images, gigabytes; 0: none
+    cache_gb: float = 20,      # largest size of the whole feature store, gigabytes; 0: none
     keep_model: bool = False,  # keep the models of all runs
     plain: bool = False,       # without papermill: no notebook for each run
     jobs: int | None = None,   # how many runs at once; None: as many as fit
