@@ -90,7 +90,7 @@ def rising(
     return keys
 
 # %% ../../nbs/evaluation/38_curves.ipynb #68cf6fc2
-RUN = 2**24     # keys that are sorted together
+RUN = 2**22     # keys that are sorted together, 16 MB
 
 class Keys:
     "The keys of one group of pixels, four bytes each: parts as they came, and sorted runs (ours)."
@@ -163,7 +163,9 @@ class Curve(NamedTuple):
 
 def interleaved(before, after, total):
     "before[0], after[0], before[1], after[1], ..., total."
-    return np.append(np.stack([before, after], 1).ravel(), total)
+    points = np.empty(2*len(before) + 1, np.asarray(before).dtype)
+    points[:-1:2], points[1::2], points[-1] = before, after, total
+    return points
 
 
 def shifted(x):
