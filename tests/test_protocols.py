@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 
 from mdd_bench.errors import DataError, SpecError
-from mdd_bench.evaluation import curves, metrics, protocols
+from mdd_bench.evaluation import curves, metrics as metrics_module, protocols
 from mdd_bench.evaluation.metrics import KEYS, Evaluator, UndefinedMetric
 from mdd_bench.evaluation.protocols import (
     MASK_RULES, PIXEL_RULES, PROTOCOLS, Protocol, ProtocolEvaluator, evaluate, get_protocol, resized, smooth,
@@ -149,8 +149,8 @@ def test_smoothing_with_few_taps_has_zeros_around():
 
 
 @pytest.mark.parametrize("height, width, sigma, taps", [
-    (256, 256, 4, None), (64, 48, 1, None), (5, 40, 4, None), (3, 2, 4, None), (1, 1, 4, None), (7, 9, .1, None),
-    (256, 256, 4, 5), (3, 40, 4, 5), (1, 2, 4, 5),
+    (256, 256, 4, None), (64, 48, 1, None), (5, 40, 4, None), (3, 2, 4, None), (1, 1, 4, None),
+    (7, 9, .1, None), (256, 256, 4, 5), (3, 40, 4, 5), (1, 2, 4, 5),
 ])
 def test_smoothing_of_tensors_is_that_of_arrays(height, width, sigma, taps):
     "Also of maps smaller than the kernel; the difference is one rounding of a single number at most."
@@ -164,7 +164,7 @@ def test_smoothing_of_tensors_is_that_of_arrays(height, width, sigma, taps):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     "Tensors on the CPU take the way of those on a GPU."
-    for module in curves, metrics, protocols: monkeypatch.setattr(module, "on_gpu", torch.is_tensor)
+    for module in curves, metrics_module, protocols: monkeypatch.setattr(module, "on_gpu", torch.is_tensor)
 
 
 @every_protocol

@@ -345,7 +345,7 @@ def test_keys_lie_on_the_host_but_for_one_run(monkeypatch):
 
 @pytest.mark.slow
 def test_memory_of_exact_scores():
-    "Four bytes a pixel, eight a defective pixel, and while metrics are read some 200 a distinct defective score."
+    "Four bytes a pixel, eight more a defective one, and at most 200 more while the metrics are read."
     evaluator = Evaluator()
     tracemalloc.start()
     try:

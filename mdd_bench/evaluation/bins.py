@@ -152,9 +152,7 @@ class Bins(Histogram):
         waiting, self.waiting, self.held = self.waiting, Scores(), 0
         self.join(*tables_of(waiting, self.level, self.bins))
 
-    def sort(self):
-        "Sort the scores that wait."
-        self.waiting.sort()
+    def sort(self): self.waiting.sort()
 
     def merge(self, other):
         "Add all that `other` has seen. ValueError for more than a million regions."
