@@ -41,7 +41,7 @@ def trained(variant, on="small", seed=0, copy=0):
         for epoch in range(2):
             seed_all(seed, epoch + 1)
             detector.train()
-            for step, batch in enumerate(batches):
+            for batch in batches:
                 train_step(detector, batch, optimizer, recipe, "float32")
             call_hook(detector.on_epoch, epoch)
     call_hook(detector.finish)

@@ -1,5 +1,5 @@
 "Streaming beside exact: bounds that hold and are reached, merging in any order, bounded memory, tensors."
-import pickle, tracemalloc
+import contextlib, pickle, tracemalloc, weakref
 
 import numpy as np
 import pytest
@@ -232,6 +232,60 @@ def peak(updates, mode):
 def test_memory_does_not_grow():
     growth = {mode: peak(160, mode) - peak(40, mode) for mode in MODES}      # 480 images more, of 4 kB each
     assert growth["streaming"] < 48_000 and growth["exact"] > 480*4096
+
+
+@settings(often, max_examples=60)
+@given(seeds, some_scores, st.sampled_from(MODES), waits, st.integers(1, 3000))
+def test_runs_of_any_length_count_as_one(seed, scores, mode, waiting, run):
+    batches = drawn(seed, scores)
+    with small(WAITING=waiting), pytest.MonkeyPatch.context() as patch:
+        want = results(evaluated(batches, mode, bins=100))
+        patch.setattr(curves, "RUN", run)
+        evaluator = evaluated(batches, mode, bins=100)
+        evaluator.sort()
+        assert results(evaluated([], mode, bins=100).merge(evaluator)) == want
+
+
+def test_keys_lie_on_the_host_but_for_one_run(monkeypatch):
+    "On a GPU a group holds fewer than `RUN` keys between two batches, and nothing holds a map."
+    for module in curves, metrics: monkeypatch.setattr(module, "on_gpu", torch.is_tensor)
+    monkeypatch.setattr(curves, "RUN", 5000)
+    evaluator, refs = Evaluator(), []
+    for seed in range(12):
+        maps, *rest = ordinary(4, 32, seed)
+        maps = torch.from_numpy(maps)
+        refs.append(weakref.ref(maps))
+        evaluator.update(maps, *rest)
+        del maps
+        for group in evaluator.pixels.anomalous, evaluator.pixels.good:
+            assert group.waiting == sum(map(len, group.parts)) < 5000
+            assert all(isinstance(run, np.ndarray) and run.dtype == np.int32 for run in group.runs)
+    assert not any(ref() is not None for ref in refs)
+    runs = evaluator.pixels.anomalous.sort() + evaluator.pixels.good.sort()
+    assert sum(map(len, runs)) == 12*4*32*32
+
+
+@pytest.mark.slow
+def test_memory_of_exact_scores():
+    "Four bytes a pixel, eight more a defective one, and at most 200 more while the metrics are read."
+    evaluator = Evaluator()
+    tracemalloc.start()
+    try:
+        for seed in range(20):
+            maps, scores, masks, labels = ordinary(40, 256, seed)
+            evaluator.update(maps, scores, masks, labels)
+        del maps, scores, masks, labels
+        evaluator.sort()
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        evaluator.compute()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    pixels, defective = 800*256**2, sum(map(len, evaluator.pixels.defective))
+    stated = 4*pixels + 8*defective
+    assert stated <= held < 1.01*stated + 10**6
+    assert most - held < 200*defective
 
 
 @pytest.mark.parametrize("regions", [5, 8, 16, 17, 64])
