@@ -165,5 +165,6 @@ def test_an_unknown_option_is_refused(name):
 @every_detector
 def test_it_is_built_without_memory_for_a_check(name):
     "A run checks its options on the meta device, where nothing is allocated."
-    with torch.device("meta"): detector = create_detector(name, pyramid(), classes=2)
+    backbone = pyramid()
+    with torch.device("meta"): detector = create_detector(name, backbone, classes=2)
     assert all(tensor.is_meta for tensor in detector.state_dict().values())

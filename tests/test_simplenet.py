@@ -278,7 +278,7 @@ def test_a_run_keeps_the_last_epoch_and_repeats_itself(tmp_path):
     spec = make_spec(**SMALL | dict(detector="simplenet", options=dict(hidden=16), epochs=2))
     record = run(spec, tmp_path/"a")
     assert run(spec, tmp_path/"b", Runtime(cache_gb=0)).metrics == record.metrics
-    assert record.cost["parameters_trained"] == 192*192 + 192 + 16*192 + 3*16 + 16
+    assert record.cost["parameters_trained"] == 64*64 + 64 + 16*64 + 3*16 + 16
     history = next((tmp_path/"a").rglob("history.csv")).read_text().splitlines()
     assert history[0] == "epoch,step,loss,normal,noise" and history[-1].startswith("1,")
 

@@ -1,5 +1,5 @@
 "Streaming beside exact: bounds that hold and are reached, merging in any order, bounded memory, tensors."
-import contextlib, pickle, tracemalloc, weakref
+import pickle, tracemalloc, weakref
 
 import numpy as np
 import pytest
