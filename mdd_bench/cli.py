@@ -7,7 +7,7 @@ __all__ = ['app', 'DATA_HELP', 'SkipBroken', 'LABEL_FIELDS', 'LABEL_FLAGS', 'RUN
            'Out', 'KeepModel', 'HEADINGS', 'RUN_FLAGS', 'PARAMETER_HELP', 'INTERRUPTED', 'FULL', 'FORBIDDEN',
            'NO_PLACE', 'version', 'detectors', 'protocols', 'studies', 'datasets', 'value_name', 'flag_help', 'flag',
            'keyword_parameter', 'spec_flags', 'as_options', 'labels', 'print_record', 'run_command', 'show_step',
-           'pretrain', 'print_study', 'sweep', 'cache', 'format_warning', 'main']
+           'pretrain', 'make_tables', 'print_study', 'sweep', 'cache', 'format_warning', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
 import errno, inspect, shutil, sys, warnings
@@ -259,6 +259,14 @@ def pretrain(
     print(file)
 
 # %% ../nbs/cli.ipynb #91eeb36e
+def make_tables(study, folder: Path, **settings):
+    "Execute a study's notebook, and show how long that takes."
+    from tqdm import tqdm
+    from mdd_bench.running.sweep import execute_study
+    working = dict(desc="making the table and the plots", bar_format="{desc} {elapsed}")
+    with tqdm(**working, disable=None, file=sys.stderr) as bar:
+        execute_study(study, folder, bar.refresh, **({} if study.parameters else settings))
+
 def print_study(swept, folder: Path):
     "Print the tables of a study, the paths of its files, the number of its records, and what failed."
     for table in sorted(folder.glob("*.md")): print(f"\n{table.read_text(encoding='utf-8')}")
@@ -288,16 +296,13 @@ def sweep(
         min=1, help="runs at once; none: as many as there are cores, or one on a GPU", **RUNTIME)] = None,
 ):
     "Run what is missing of a study, then make its table and plots."
-    from tqdm import tqdm
     import mdd_bench.running.sweep as sweeping
     from mdd_bench.running.study import load_study
     chosen, folder = load_study(study, **as_options(p, "-p")), out/study
     swept = sweeping.sweep(chosen, folder, device, workers, cache_gb, keep_model, plain, jobs)
     if (swept.records or chosen.parameters) and not plain:
-        settings = dict(device=device or "", workers=workers, cache_gb=cache_gb, keep_model=keep_model)
-        working = dict(desc="making the table and the plots", bar_format="{desc} {elapsed}")
-        with tqdm(**working, disable=None, file=sys.stderr) as bar:
-            sweeping.execute_study(chosen, folder, bar.refresh, **({} if chosen.parameters else settings))
+        settings = dict(workers=workers, cache_gb=cache_gb, keep_model=keep_model)
+        make_tables(chosen, folder, device=device or "", **settings)
     folder.mkdir(parents=True, exist_ok=True)
     print_study(swept, folder)
     raise typer.Exit(1 if swept.failures else 0)

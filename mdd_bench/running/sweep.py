@@ -86,6 +86,7 @@ def run_process(
             process.kill()
             raise
 
+# %% ../../nbs/running/59_sweep.ipynb #622f31cb
 def failure_reason(printed: str) -> str:
     "The last line that names an error, or else the last line."
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
@@ -194,6 +195,7 @@ def make_group(
         progress.finish(label, "failed" if failure else "done")
     return failures
 
+# %% ../../nbs/running/59_sweep.ipynb #fe93f232
 def make_records(
     missing: list[tuple],  # (Resolved, label) of the runs to make
     store: Store,

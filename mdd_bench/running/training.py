@@ -56,6 +56,7 @@ def channels_last(features: list) -> list:
     "The levels as those of the backbone lie in memory, with the channels of a position side by side."
     return [level.contiguous(memory_format=torch.channels_last) for level in features]
 
+# %% ../../nbs/running/53_training.ipynb #d631bcc7
 def loaded_batches(
     images: TorchDataset,        # an ImageDataset, or Textures
     cache: FeatureCache | None,  # of the clean features of these images
