@@ -57,6 +57,7 @@ def milliseconds_at(detector, size, device, batch, passes):
 def operations(detector, size, device):
     "Operations of one prediction as torch counts them: those of matrix products and convolutions."
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    detector.requires_grad_(False)      # the counter follows gradients, and there are none to follow
     with FlopCounterMode(display=False) as counter: detector(image)
     return counter.get_total_flops()
 
