@@ -393,7 +393,7 @@ def test_a_test_sees_features_only(catalog, small, memory):
     assert list(inspect.signature(detector.predict).parameters) == ["features", "size"]
     def test_maps(table):
         images = ImageDataset(catalog.root, table, 64, catalog.classes)
-        return np.concatenate([batch.maps for batch in predictions(detector, images, 8, Runtime())])
+        return np.concatenate([batch.maps.numpy() for batch in predictions(detector, images, 8, Runtime())])
     table = catalog.part(split="test")
     renamed = table.assign(cls=list(reversed(table.cls)), kind="good", mask="")
     assert np.array_equal(test_maps(table), test_maps(renamed))

@@ -113,7 +113,7 @@ def test_the_command_sweeps_at_smoke_size(installed, tmp_path):
 
 def test_make_knows_its_targets():
     targets = set(re.findall(r"^([\w-]+):", (ROOT/"Makefile").read_text(), re.M))
-    assert {"demo", "test", "test-all", "lint", "notebooks", "peers", "lab", "clean"} <= targets
+    assert {"demo", "test", "test-all", "gpu-check", "lint", "notebooks", "peers", "lab", "clean"} <= targets
 
 def test_make_lint_checks_notebooks_and_tests():
     text = (ROOT/"Makefile").read_text()

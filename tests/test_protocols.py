@@ -14,9 +14,11 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 
 from mdd_bench.errors import DataError, SpecError
+from mdd_bench.evaluation import curves, metrics as metrics_module, protocols
 from mdd_bench.evaluation.metrics import KEYS, Evaluator, UndefinedMetric
 from mdd_bench.evaluation.protocols import (
     MASK_RULES, PIXEL_RULES, PROTOCOLS, Protocol, ProtocolEvaluator, evaluate, get_protocol, resized, smooth,
+    smooth_tensors,
 )
 
 exact = get_protocol("exact")
@@ -144,6 +146,45 @@ def test_smoothing_with_few_taps_has_zeros_around():
     kernel = gaussian_filter(impulse, 4, mode="constant", radius=2)
     row = smooth(np.ones((1, 9, 9)), 4, taps=5)[0, 4]
     assert np.allclose(row, np.convolve(np.ones(9), kernel, "same"))
+
+
+@pytest.mark.parametrize("height, width, sigma, taps", [
+    (256, 256, 4, None), (64, 48, 1, None), (5, 40, 4, None), (3, 2, 4, None), (1, 1, 4, None),
+    (7, 9, .1, None), (256, 256, 4, 5), (3, 40, 4, 5), (1, 2, 4, 5),
+])
+def test_smoothing_of_tensors_is_that_of_arrays(height, width, sigma, taps):
+    "Also of maps smaller than the kernel; the difference is one rounding of a single number at most."
+    maps = np.random.default_rng(0).normal(size=(3, height, width)).astype(np.float32)
+    want, got = smooth(maps, sigma, taps), smooth_tensors(torch.from_numpy(maps), sigma, taps).numpy()
+    assert got.dtype == want.dtype and got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=0, atol=2.4e-7*max(1, abs(want).max()))
+    assert (got == want).mean() > .9
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    "Tensors on the CPU take the way of those on a GPU."
+    for module in curves, metrics_module, protocols: monkeypatch.setattr(module, "on_gpu", torch.is_tensor)
+
+
+@every_protocol
+def test_maps_on_a_gpu_stay_there_and_give_the_same_numbers(protocol, as_on_a_gpu):
+    maps, *rest = case()
+    arrays, tensors = ProtocolEvaluator(protocol), ProtocolEvaluator(protocol)
+    of_arrays, of_tensors = arrays.update(maps, *rest), tensors.update(torch.from_numpy(maps), *rest)
+    for a, t in zip(of_arrays, of_tensors, strict=True):
+        assert torch.is_tensor(t.maps) and t.maps.dtype == torch.float32
+        assert isinstance(t.scores, np.ndarray) and t.scores.dtype == np.float64
+        np.testing.assert_allclose(t.maps.numpy(), a.maps, rtol=0, atol=5e-7)
+        np.testing.assert_allclose(t.scores, a.scores, rtol=0, atol=1e-6)
+        # whatever scores they are given, the metrics are the same to the last bit
+        same = [protocol.evaluator() for _ in range(2)]
+        for evaluator, m in zip(same, (t.maps, t.maps.numpy())):
+            evaluator.update(m, t.scores, t.masks, t.labels)
+        assert repr(same[0].curves()) == repr(same[1].curves())
+    want, got = arrays.result(), tensors.result()
+    assert got.metrics == pytest.approx(want.metrics, abs=1e-4, nan_ok=True)
+    assert got.per_kind.keys() == want.per_kind.keys()
 
 
 def test_resized_is_bilinear_and_leaves_the_size_it_finds():

@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.ndimage import gaussian_filter
 
 from mdd_bench.errors import DataError
+from mdd_bench.evaluation import curves, metrics, replicates as replicates_module
 from mdd_bench.evaluation.metrics import KEYS, METRICS, Evaluator
 from mdd_bench.evaluation.replicates import Replicates, read_replicates, resample_counts, write_replicates
 
@@ -108,6 +109,19 @@ def test_batches_and_computing_twice_change_nothing():
     others = replicates_of(*pieces), replicates_of(*tensors)
     for got in whole.compute(counts), *(r.compute(counts) for r in others):
         for k in KEYS: np.testing.assert_array_equal(got[k], want[k])
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_maps_on_a_gpu_count_as_arrays(scores, monkeypatch):
+    "On the CPU, with tensors that take the way of those on a GPU."
+    maps, *rest = drawn(np.random.default_rng(0), scores)
+    counts = resample_counts(paths_of(8), rest[-1], 20)
+    want = replicates_of((maps, *rest)).compute(counts)
+    for module in curves, metrics, replicates_module: monkeypatch.setattr(module, "on_gpu", torch.is_tensor)
+    replicates = replicates_of((torch.from_numpy(maps), *rest))
+    assert all(isinstance(x, np.ndarray) for image in replicates.pixels.waiting for x in image)
+    got = replicates.compute(counts)
+    for k in KEYS: np.testing.assert_array_equal(got[k], want[k])
 
 
 def test_images_of_several_sizes():

@@ -1,95 +1,17 @@
 "Streaming beside exact: bounds that hold and are reached, merging in any order, bounded memory, tensors."
-import contextlib, pickle, tracemalloc
+import pickle, tracemalloc, weakref
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from scipy.ndimage import gaussian_filter
 
+import tensor_checks
 from mdd_bench.evaluation import bins as bins_module, curves, metrics
 from mdd_bench.evaluation.metrics import KEYS, METRICS, Evaluator
+from tensor_checks import MODES, SCORES, TENSORS, drawn, evaluated, ordinary, results, small
 
 pytestmark = pytest.mark.filterwarnings("ignore::mdd_bench.evaluation.metrics.UndefinedMetric")
-MODES = ("exact", "streaming")
-
-
-def any_bits(rng, shape):
-    "Any finite float32 there is."
-    bits = rng.integers(-2**31, 2**31, shape).astype(np.int32)
-    return np.nan_to_num(bits.view(np.float32), nan=3e38, posinf=-0., neginf=-3e38)
-
-
-SCORES = {
-    "few": lambda rng, shape: rng.integers(-2, 3, shape)*.25,
-    "constant": lambda rng, shape: np.full(shape, -.7),
-    "float16": lambda rng, shape: rng.normal(size=shape).astype(np.float16),
-    "negative": lambda rng, shape: rng.normal(size=shape) - 5,
-    "cosine": lambda rng, shape: .3 + .1*rng.random(shape),
-    "both signs": lambda rng, shape: rng.choice([-1, 1], shape)*(.3 + .1*rng.random(shape)),
-    "wide": lambda rng, shape: rng.choice([-1, 1], shape)*10**rng.uniform(-30, 30, shape),
-    "denormal": lambda rng, shape: rng.integers(-5000, 5000, shape)*1e-45,
-    "zeros": lambda rng, shape: rng.choice([0., -0., 1e-45, -1e-45, 1, -1], shape),
-    "any bits": any_bits,
-}
-MASKS = {
-    "none": lambda rng, shape: np.zeros(shape, bool),
-    "all": lambda rng, shape: np.ones(shape, bool),
-    "pixels": lambda rng, shape: rng.random(shape) < .02,
-    "half": lambda rng, shape: rng.random(shape) < .5,
-    "blobs": lambda rng, shape: gaussian_filter(rng.normal(size=shape), (0, 2, 2)) > .2,
-    "images": lambda rng, shape: np.broadcast_to(rng.random((shape[0], 1, 1)) < .5, shape),
-}
-
-
-def drawn(seed, scores, masks=None):
-    """One to four batches of one to five images, each batch of a size and with masks of its own.
-
-    A label may miss a mask, or stand without one."""
-    rng, batches = np.random.default_rng(seed), []
-    for _ in range(rng.integers(1, 5)):
-        shape = tuple(rng.integers(1, (6, 31, 31)))
-        mask = MASKS[masks or rng.choice(list(MASKS))](rng, shape)
-        maps = np.asarray(SCORES[scores](rng, shape))
-        maps = maps if maps.dtype == np.float16 else maps.astype(np.float32)
-        image_scores = rng.integers(0, 4, shape[0])
-        changed = rng.random(shape[0]) < .2
-        labels = np.where(changed, rng.random(shape[0]) < .5, mask.any((1, 2)))
-        batches.append((maps, image_scores, mask, labels))
-    return batches
-
-
-def evaluated(batches, *args, **options):
-    "An evaluator that has seen the batches."
-    evaluator = Evaluator(*args, **options)
-    for batch in batches: evaluator.update(*batch)
-    return evaluator
-
-
-def ordinary(n, size, seed=0):
-    "Smooth positive maps as a method of cosine distances gives them; blobs on the first half of the images."
-    rng = np.random.default_rng(seed)
-    blob = gaussian_filter(rng.normal(size=(n, size, size)), (0, size/16, size/16))
-    labels = np.arange(n) < n//2
-    masks = (blob > 2*blob.std()) & labels[:, None, None]
-    noise = gaussian_filter(rng.normal(size=masks.shape), (0, 2, 2))
-    maps = gaussian_filter(np.abs(.3 + .06*noise/noise.std() + .08*masks), (0, 1, 1)).astype(np.float32)
-    return maps, maps.max((1, 2)), masks, labels
-
-
-@contextlib.contextmanager
-def small(**changes):
-    "Tables are joined in so short stretches that small data has many."
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (dict(STRETCH=7) | changes).items(): patch.setattr(bins_module, name, value)
-        yield
-
-
-def results(evaluator):
-    "Values and bounds as text: bit for bit, and nan is nan."
-    return repr((evaluator.compute(), evaluator.bounds()))
-
-
 def half_width(evaluator):
     "Half the widest bounds among the seven metrics."
     return max((high - low)/2 for k, (low, high) in evaluator.bounds().items() if k in METRICS)
@@ -312,6 +234,60 @@ def test_memory_does_not_grow():
     assert growth["streaming"] < 48_000 and growth["exact"] > 480*4096
 
 
+@settings(often, max_examples=60)
+@given(seeds, some_scores, st.sampled_from(MODES), waits, st.integers(1, 3000))
+def test_runs_of_any_length_count_as_one(seed, scores, mode, waiting, run):
+    batches = drawn(seed, scores)
+    with small(WAITING=waiting), pytest.MonkeyPatch.context() as patch:
+        want = results(evaluated(batches, mode, bins=100))
+        patch.setattr(curves, "RUN", run)
+        evaluator = evaluated(batches, mode, bins=100)
+        evaluator.sort()
+        assert results(evaluated([], mode, bins=100).merge(evaluator)) == want
+
+
+def test_keys_lie_on_the_host_but_for_one_run(monkeypatch):
+    "On a GPU a group holds fewer than `RUN` keys between two batches, and nothing holds a map."
+    for module in curves, metrics: monkeypatch.setattr(module, "on_gpu", torch.is_tensor)
+    monkeypatch.setattr(curves, "RUN", 5000)
+    evaluator, refs = Evaluator(), []
+    for seed in range(12):
+        maps, *rest = ordinary(4, 32, seed)
+        maps = torch.from_numpy(maps)
+        refs.append(weakref.ref(maps))
+        evaluator.update(maps, *rest)
+        del maps
+        for group in evaluator.pixels.anomalous, evaluator.pixels.good:
+            assert group.waiting == sum(map(len, group.parts)) < 5000
+            assert all(isinstance(run, np.ndarray) and run.dtype == np.int32 for run in group.runs)
+    assert not any(ref() is not None for ref in refs)
+    runs = evaluator.pixels.anomalous.sort() + evaluator.pixels.good.sort()
+    assert sum(map(len, runs)) == 12*4*32*32
+
+
+@pytest.mark.slow
+def test_memory_of_exact_scores():
+    "Four bytes a pixel, eight more a defective one, and at most 200 more while the metrics are read."
+    evaluator = Evaluator()
+    tracemalloc.start()
+    try:
+        for seed in range(20):
+            maps, scores, masks, labels = ordinary(40, 256, seed)
+            evaluator.update(maps, scores, masks, labels)
+        del maps, scores, masks, labels
+        evaluator.sort()
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        evaluator.compute()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    pixels, defective = 800*256**2, sum(map(len, evaluator.pixels.defective))
+    stated = 4*pixels + 8*defective
+    assert stated <= held < 1.01*stated + 10**6
+    assert most - held < 200*defective
+
+
 @pytest.mark.parametrize("regions", [5, 8, 16, 17, 64])
 @pytest.mark.parametrize("scores", ["constant", "distinct"])
 @pytest.mark.parametrize("how", ["at once", "one by one", "merged"])
@@ -361,50 +337,19 @@ def device(request, monkeypatch):
     return request.param[:4].strip(",")
 
 
-TENSORS = {
-    "float32": torch.Tensor.float, "float64": torch.Tensor.double, "float16": torch.Tensor.half,
-    "bfloat16": torch.Tensor.bfloat16, "int32": torch.Tensor.int,
-    "with a gradient": lambda x: x.clone().requires_grad_(),
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "strided": lambda x: x.repeat_interleave(2, 0)[::2],
-    "of inference": torch.inference_mode()(torch.clone),
-}
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tensor", TENSORS)
 def test_tensors_count_as_arrays(device, tensor, mode):
-    batches = []
-    for maps, *rest in drawn(3, "negative") + drawn(1, "zeros"):
-        batches.append((TENSORS[tensor](torch.from_numpy(maps.astype(np.float32)).to(device)), *rest))
-    arrays = [(maps.detach().float().cpu().numpy(), *rest) for maps, *rest in batches]
-    all_tensors = [[torch.as_tensor(x, device=device) for x in batch] for batch in batches]
-
-    def seen(batches): return evaluated(batches, mode, bins=300)
-
-    with small(WAITING=1):
-        want = results(seen(arrays))
-        assert results(seen(all_tensors)) == want
-        assert results(seen(batches[::2] + arrays[1::2])) == want
-        assert results(seen(arrays[1::2]).merge(seen(batches[::2]))) == want
+    tensor_checks.tensors_count_as_arrays(device, tensor, mode)
 
 
 @settings(often, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seeds, some_scores, st.sampled_from(MODES), waits)
 def test_tensors_of_any_scores(device, seed, scores, mode, waiting):
-    arrays = drawn(seed, scores)
-    tensors = [(torch.from_numpy(maps).to(device), *rest) for maps, *rest in arrays]
-    with small(WAITING=waiting):
-        assert results(evaluated(tensors, mode, bins=100)) == results(evaluated(arrays, mode, bins=100))
+    tensor_checks.tensors_of_any_scores(device, seed, scores, mode, waiting)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype, bad, shown", [("float32", np.nan, "nan"), ("float16", -np.inf, "-inf"),
-                                               ("bfloat16", np.nan, "nan"), ("float64", 1e300, "inf")])
+@pytest.mark.parametrize("dtype, bad, shown", tensor_checks.BAD_SCORES)
 def test_tensors_with_a_bad_score_are_named_and_not_kept(device, dtype, bad, shown, mode):
-    batch, evaluator = ordinary(4, 24), evaluated([ordinary(4, 32)], mode, bins=100)
-    maps, before = torch.from_numpy(batch[0]).to(device, getattr(torch, dtype)), results(evaluator)
-    maps[1, 2, 3] = bad
-    with pytest.raises(ValueError, match=rf"^maps: 1 of .*{shown} at \(1, 2, 3\)"):
-        evaluator.update(maps, *batch[1:])
-    assert results(evaluator) == before
+    tensor_checks.a_bad_score_is_named_and_not_kept(device, dtype, bad, shown, mode)

@@ -355,8 +355,8 @@ def train(n, seed=0, jitter=20., **recipe):
     detector.train()
     recipe = replace(detector.recipe, **recipe)
     optimizer = make_optimizer(detector, recipe)
-    terms = [train_step(detector, b, optimizer, recipe, "float32", 0, i) for i in range(n)]
-    return detector, [t["reconstruction"] for t in terms]
+    terms = [train_step(detector, b, optimizer, recipe, "float32") for _ in range(n)]
+    return detector, [t["reconstruction"].item() for t in terms]
 
 def test_one_batch_is_learned():
     _, curve = train(25, lr=1e-3)

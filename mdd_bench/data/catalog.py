@@ -9,6 +9,7 @@ __all__ = ['IMAGE_ENDINGS', 'DIGEST_VERSION', 'is_image', 'images_in', 'folders_
 
 # %% ../../nbs/data/01_catalog.ipynb #a30fbe20
 import hashlib, json, os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -193,7 +194,8 @@ def cache_dir() -> Path:
     "Returns the folder for what can be computed again: `MDD_BENCH_CACHE`, or else the user's cache folder."
     given = os.environ.get("MDD_BENCH_CACHE")
     users = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"mdd_bench"
-    return Path(given or users).expanduser()
+    try: return Path(given or users).expanduser()
+    except RuntimeError: return Path(os.devnull)/"mdd_bench"   # there is no home: nothing can be written
 
 def memo_file(
     root: Path,  # a dataset's folder
@@ -204,15 +206,19 @@ def memo_file(
 
 def read_memo(file: Path) -> dict:
     "Returns the remembered digests, none when the file is absent or damaged."
-    try: return json.loads(file.read_text())
+    try: memo = json.loads(file.read_text())
     except (OSError, ValueError): return {}
+    return memo if isinstance(memo, dict) else {}
 
 def write_memo(file: Path, memo: dict):
-    "Replaces the file in one step, so that another process never reads half of it."
-    file.parent.mkdir(parents=True, exist_ok=True)
+    "Replaces the file in one step; where it cannot be written, nothing is remembered."
     part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(memo))
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(memo))
+        part.replace(file)
+    except OSError:     # digests are computed again
+        with suppress(OSError): part.unlink()
 
 # %% ../../nbs/data/01_catalog.ipynb #cb153b04
 def digests(

@@ -830,6 +830,7 @@ def fulfil(order: Order):
     folder, cls, split, kind, i, seed = order
     write_image(folder, split, kind, i, *draw(cls, kind, i, split, seed))
 
+# %% ../../nbs/data/02_synthetic.ipynb #6a3a0143
 @contextmanager
 def parallel_map():
     "Yield a function like `map` whose calls are spread over all cores, where processes can be forked."
@@ -840,6 +841,7 @@ def parallel_map():
     with multiprocessing.get_context("fork").Pool(cores) as pool:
         yield pool.imap_unordered
 
+# %% ../../nbs/data/02_synthetic.ipynb #739b426c
 def write_embedded(
     root,                 # folder to write: new or empty
     size="default",       # smoke, default or large

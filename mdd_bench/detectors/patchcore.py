@@ -38,7 +38,7 @@ def compare(
     images, _, height, width = patches.shape
     rows = as_rows(patches)
     distance, row = (x.view(images, height*width) for x in nearest(rows, bank))
-    image, farthest = torch.arange(images), distance.argmax(1)
+    image, farthest = torch.arange(images, device=rows.device), distance.argmax(1)
     patch = rows.view(images, height*width, -1)[image, farthest]
     score = image_score(patch, distance[image, farthest], bank, row[image, farthest], neighbours)
     grid = distance.view(images, 1, height, width)

@@ -104,8 +104,8 @@ def tables_of(
     bins,   # how many distinct keys of anomalous and of good images there may be
 ):          # the level that was needed, and the three tables
     "The tables of all scores, with as many bits dropped as it takes."
-    (defective,) = rising(scores.defective, dtype=np.int64)
-    groups = rising(scores.anomalous, scores.good)
+    defective = rising(scores.defective, np.int64)
+    groups = [rising(group.runs + group.parts) for group in (scores.anomalous, scores.good)]
     drop = level
     while True:
         for keys in groups: keys >>= drop
@@ -148,9 +148,11 @@ class Bins(Histogram):
 
     def fold(self):
         "Sort what waits into the tables."
-        if not self.waiting.anomalous: return
+        if not self.held: return
         waiting, self.waiting, self.held = self.waiting, Scores(), 0
         self.join(*tables_of(waiting, self.level, self.bins))
+
+    def sort(self): self.waiting.sort()
 
     def merge(self, other):
         "Add all that `other` has seen. ValueError for more than a million regions."

@@ -205,6 +205,10 @@ class Collector:
         self.scores += batch.scores.tolist()
         self.labels += batch.labels.tolist()
 
+    def sort(self):
+        "Sort what was added so far, which is then not sorted again by any evaluator that it is merged into."
+        self.pixels.sort()
+
     def merge(self, other: "Collector"):  # self
         "Add what another has collected, in any order or grouping. ValueError when it counts differently."
         self.counting.require_same(other.counting)

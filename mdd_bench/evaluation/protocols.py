@@ -4,28 +4,31 @@
 
 # %% auto #0
 __all__ = ['MASK_RULES', 'IMAGE_SCORES', 'PIXEL_RULES', 'PROTOCOLS', 'stretch_sums', 'at_least_half', 'interpolated', 'touched',
-           'above_half', 'wholly', 'smooth', 'highest', 'own_or_highest', 'top_percent', 'pooled', 'counts_above',
-           'PeerEvaluator', 'LinearThresholds', 'QuantileThresholds', 'FiftyBins', 'image_aupro', 'PerImage', 'Dilated',
-           'Choices', 'Protocol', 'get_protocol', 'RawBatch', 'check_kinds', 'checked_masks', 'raw_batch',
-           'evaluation_size', 'resized', 'EvaluatedBatch', 'evaluate_part', 'evaluate_batch', 'KindEvaluators',
-           'ClassResult', 'ProtocolEvaluator', 'evaluate']
+           'above_half', 'wholly', 'kernel_options', 'smooth_arrays', 'gaussian_matrix', 'smooth_tensors', 'smooth',
+           'highest', 'own_or_highest', 'top_percent', 'pooled', 'counts_above', 'PeerEvaluator', 'LinearThresholds',
+           'QuantileThresholds', 'FiftyBins', 'image_aupro', 'PerImage', 'grown', 'Dilated', 'Choices', 'Protocol',
+           'get_protocol', 'RawBatch', 'check_kinds', 'checked_masks', 'raw_batch', 'evaluation_size', 'resized',
+           'EvaluatedBatch', 'evaluate_part', 'evaluate_batch', 'KindEvaluators', 'ClassResult', 'ProtocolEvaluator',
+           'evaluate']
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #44ff73ba
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.integrate import trapezoid
-from scipy.ndimage import gaussian_filter, maximum_filter
-from torch.nn.functional import avg_pool2d, interpolate
+from scipy.ndimage import gaussian_filter, gaussian_filter1d, maximum_filter
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from ..errors import DataError, unknown
 from mdd_bench.evaluation.curves import (
-    Curve, Scores, area, f1max, ordered, precisions, rate, rising, scores_of, to_numpy,
+    Curve, Scores, area, f1max, in_two_threads, on_gpu, ordered, precisions, rate, rising, scores_of,
+    to_numpy,
 )
-from .metrics import Evaluator, binary, checked, finite
+from .metrics import Evaluator, binary, checked, finite, finite_maps
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #9417bb3c
 def stretch_sums(
@@ -46,8 +49,13 @@ def at_least_half(
     size,  # (H, W), smaller or larger
 ):         # bool [H, W]
     "The pixels that the mask covers by half or more, exactly (ours; ADer: half of an interpolated mask)."
-    rows = stretch_sums(mask.astype(np.int64), size[0])
-    covered = stretch_sums(rows.T, size[1]).T
+    if mask.shape == tuple(size): return mask
+    columns = mask.any(0)                                   # nothing is covered elsewhere
+    sums = np.zeros((size[0], mask.shape[1]), np.int64)
+    sums[:, columns] = stretch_sums(mask[:, columns].astype(np.int64), size[0])
+    rows = sums.any(1)
+    covered = np.zeros(size, np.int64)
+    covered[rows] = stretch_sums(sums[rows].T, size[1]).T
     return 2*covered >= mask.size
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #bf17c50b
@@ -77,26 +85,57 @@ def wholly(mask, size):  # as `interpolated`; bool [H, W]
     return interpolated(mask, size) == 1
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #df7fe226
+def kernel_options(
+    taps=None,  # width of the kernel; None: cut at four standard deviations
+) -> dict:      # arguments of SciPy's Gaussian filters
+    "How far the kernel reaches, and what lies beyond the border (released code, as `smooth` says)."
+    if taps is None: return dict(mode="reflect", truncate=4)
+    return dict(mode="constant", radius=taps//2)
+
+
+def smooth_arrays(maps, sigma, taps=None):  # float32 arrays [B, H, W], otherwise as `smooth`
+    "The maps smoothed by SciPy, one half of them beside the other."
+    def smoothed(part): return gaussian_filter(part, sigma, axes=(1, 2), **kernel_options(taps))
+    return np.concatenate(in_two_threads(smoothed, *np.array_split(maps, 2)))
+
+# %% ../../nbs/evaluation/41_protocols.ipynb #77fc3adf
+@lru_cache(32)
+def gaussian_matrix(
+    n,          # pixels along the axis
+    sigma,      # standard deviation in pixels, positive
+    taps=None,  # width of the kernel; None: cut at four standard deviations
+):              # float64 [n, n]
+    "SciPy's filter along one axis, as a matrix that is multiplied from the left."
+    return gaussian_filter1d(np.eye(n), sigma, axis=0, **kernel_options(taps))
+
+
+def smooth_tensors(maps, sigma, taps=None):  # float32 tensor [B, H, W] on any device, otherwise as `smooth`
+    "The maps smoothed where they are."
+    matrices = [gaussian_matrix(n, sigma, taps) for n in maps.shape[1:]]
+    along_height, along_width = (torch.as_tensor(m, device=maps.device) for m in matrices)
+    half_smoothed = (along_height @ maps.double()).float()
+    return (half_smoothed.double() @ along_width.T).float()
+
+# %% ../../nbs/evaluation/41_protocols.ipynb #260591e3
 def smooth(
     maps,       # [B, H, W] array or tensor
     sigma,      # standard deviation in pixels; 0: unchanged
     taps=None,  # width of the kernel; None: cut at four standard deviations
-):              # float32 [B, H, W]
+):              # float32 [B, H, W]; a tensor on a GPU stays there
     """Each map smoothed by a Gaussian. Without `taps` it is mirrored at the border (released code: RD4AD,
     PatchCore), with them it has zeros around (released code: Dinomaly). ValueError for values that are not
     finite."""
-    maps = finite("maps", maps, np.float32)
-    sigmas = (0, sigma, sigma)
-    if taps is None: return gaussian_filter(maps, sigmas, mode="reflect", truncate=4)
-    return gaussian_filter(maps, sigmas, mode="constant", radius=(0, taps//2, taps//2))
+    maps = finite_maps(maps)
+    if not sigma: return maps
+    return (smooth_tensors if on_gpu(maps) else smooth_arrays)(maps, sigma, taps)
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #6e7da443
 def highest(
-    maps,             # float32 [B, H, W], smoothed
+    maps,             # float32 [B, H, W], smoothed: array, or tensor on a GPU
     own_scores=None,  # not used
-):                    # [B]
+):                    # array [B]
     "The maximum of each map (released code: RD4AD, PatchCore)."
-    return maps.max((1, 2))
+    return to_numpy(maps.amax((1, 2))) if on_gpu(maps) else maps.max((1, 2))
 
 
 def own_or_highest(
@@ -114,6 +153,7 @@ def top_percent(
     "The mean of the highest hundredth of the pixels (released code: Dinomaly)."
     pixels = maps.reshape(len(maps), -1)
     n = max(1, pixels.shape[1]//100)
+    if on_gpu(maps): return to_numpy(pixels.topk(n).values.mean(1))
     return np.partition(pixels, -n)[:, -n:].mean(1)
 
 
@@ -123,8 +163,8 @@ def pooled(
 ):                    # [B]
     "The maximum of the means over windows of 16 x 16 (released code: ADer, UniAD)."
     side = min(16, *maps.shape[1:])
-    means = avg_pool2d(torch.from_numpy(maps)[:, None], side, 1)
-    return means.amax((1, 2, 3)).numpy()
+    means = avg_pool2d(torch.as_tensor(maps)[:, None], side, 1)
+    return to_numpy(means.amax((1, 2, 3)))
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #6e94f548
 def counts_above(
@@ -136,14 +176,15 @@ def counts_above(
     keys = ordered(np.asarray(thresholds, np.float32))
     side = "left" if at_or_above else "right"
 
-    def count(sorted_keys):
-        above = len(sorted_keys) - np.searchsorted(sorted_keys, keys, side)
-        return np.append(above, len(sorted_keys))
+    def count(runs):
+        none, total = np.zeros(len(keys), np.int64), sum(map(len, runs))
+        below = sum((np.searchsorted(run, keys, side) for run in runs), none)
+        return np.append(total - below, total)
 
-    defective, = rising(scores.defective, dtype=np.int64)
-    anomalous, good = map(count, rising(scores.anomalous, scores.good))
+    defective = rising(scores.defective, np.int64)
+    anomalous, good = map(count, scores.sort())
     # of the 64 bits, the upper half is the score's key and the lower half the size of the region
-    tp = count((defective >> 32).astype(np.int32))
+    tp = count([(defective >> 32).astype(np.int32)])
     region_shares = 1/(defective & 0xffffffff)[::-1]
     overlap = np.append(0, np.cumsum(region_shares))[tp]
     return Curve(tp, anomalous + good - tp, good, overlap)
@@ -165,8 +206,8 @@ class PeerEvaluator(Evaluator):
 
     def score_range(self):  # float64 [2]: the lowest and the highest score
         "Where thresholds at equal distances begin and end."
-        keys = rising(self.pixels.anomalous, self.pixels.good)
-        ends = np.concatenate([k[[0, -1]] for k in keys if len(k)])
+        anomalous, good = self.pixels.sort()
+        ends = np.concatenate([run[[0, -1]] for run in anomalous + good])
         return scores_of(np.array([ends.min(), ends.max()])).astype(float)
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #636d6de3
@@ -263,6 +304,14 @@ class PerImage(PeerEvaluator):
         return {"AUPRO": float(np.mean(self.per_image)) if self.per_image else np.nan}
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #981f24ae
+def grown(
+    maps,  # [B, H, W] array or tensor
+):         # [B, H, W]; a tensor on a GPU stays there
+    "The highest of each pixel and its neighbours in a window of 5 x 5."
+    if on_gpu(maps): return max_pool2d(maps.float()[:, None], 5, stride=1, padding=2)[:, 0]
+    return maximum_filter(to_numpy(maps), (1, 5, 5))
+
+
 class Dilated(LinearThresholds):
     """`LinearThresholds` with the overlap from maps dilated by 5 x 5, and the false positives from the maps
     themselves (released code: SimpleNet, DMAD)."""
@@ -273,8 +322,12 @@ class Dilated(LinearThresholds):
     def update(self, maps, scores, masks, labels):
         "Add a batch, as `Evaluator.update` does."
         super().update(maps, scores, masks, labels)
-        grown = maximum_filter(to_numpy(maps), (1, 5, 5))
-        self.dilated.update(grown, scores, masks, labels)
+        self.dilated.update(grown(maps), scores, masks, labels)
+
+    def sort(self):
+        "Sort what was added so far."
+        super().sort()
+        self.dilated.sort()
 
     def merge(self, other: "Dilated"):  # self
         "Add what another has seen."
@@ -385,7 +438,7 @@ def get_protocol(
 # %% ../../nbs/evaluation/41_protocols.ipynb #63576f3e
 class RawBatch(NamedTuple):
     "Test images of one class, before a protocol is applied."
-    maps: np.ndarray               # float32 [B, h, w], not smoothed
+    maps: np.ndarray               # float32 [B, h, w], not smoothed; a tensor when they are on a GPU
     own_scores: np.ndarray | None  # float64 [B], the detector's own, or None
     masks: list                    # B masks at their own resolution: bool [H0, W0], or None for a good image
     labels: np.ndarray             # bool [B]: anomalous images, from the folder
@@ -433,8 +486,7 @@ def raw_batch(
     kinds,       # B names
 ) -> RawBatch:
     "The parts of a batch in their dtypes. DataError or ValueError for what does not fit."
-    maps, labels = finite("maps", maps, np.float32), binary("labels", labels)
-    if maps.ndim != 3: raise ValueError(f"maps: shape {maps.shape}, expected [B, H, W]")
+    maps, labels = finite_maps(maps), binary("labels", labels)
     counts = [len(part) for part in (maps, masks, labels, kinds)]
     if len(set(counts)) > 1:
         numbers = ", ".join(map(str, counts))
@@ -466,16 +518,17 @@ def resized(
     maps,  # float32 [B, h, w]
     size,  # (H, W)
 ):         # float32 [B, H, W]
-    "The maps at another size, bilinearly."
+    "The maps at another size, bilinearly; a tensor on a GPU stays there."
     if maps.shape[1:] == tuple(size): return maps
-    planes = torch.from_numpy(np.ascontiguousarray(maps))[:, None]
-    return interpolate(planes, tuple(size), mode="bilinear", align_corners=False)[:, 0].numpy()
+    planes = maps if on_gpu(maps) else torch.from_numpy(np.ascontiguousarray(maps))
+    planes = interpolate(planes[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
+    return planes if on_gpu(maps) else planes.numpy()
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #0e66e5ee
 class EvaluatedBatch(NamedTuple):
     "The images of a batch that are compared at one size, under one protocol."
     index: np.ndarray   # int [b]: their positions in the batch
-    maps: np.ndarray    # float32 [b, H, W], smoothed
+    maps: np.ndarray    # float32 [b, H, W], smoothed; a tensor when they are on a GPU
     scores: np.ndarray  # float64 [b]
     masks: np.ndarray   # bool [b, H, W]
     labels: np.ndarray  # bool [b]: anomalous, by the protocol's source of labels
@@ -528,7 +581,9 @@ class KindEvaluators:
         "The metrics of these kinds together; kinds that did not occur are passed over."
         merged = self.protocol.evaluator(self.mode)
         for kind in kinds:
-            if kind in self.evaluators: merged.merge(self.evaluators[kind])
+            if kind not in self.evaluators: continue
+            self.evaluators[kind].sort()
+            merged.merge(self.evaluators[kind])
         return merged.compute()
 
     def per_kind(self) -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@
 __all__ = ['PROCEDURAL', 'NETWORKS', 'unknown_backbone', 'level_strides', 'default_layers', 'procedural_file', 'read_recipe',
            'read_weights', 'spellings', 'fit_weights', 'hash_tensors', 'hash_weights', 'noise_images', 'signed_levels',
            'create_pyramid', 'pretrained_pyramid', 'random_pyramid', 'named_tensors', 'check_procedural',
-           'build_pyramid', 'round_to_half', 'check_layers', 'Backbone']
+           'build_pyramid', 'round_to_half', 'check_layers', 'frozen', 'Backbone']
 
 # %% ../../nbs/parts/10_backbone.ipynb #f4cc5234
 import difflib, hashlib, json, re, warnings
@@ -253,6 +253,14 @@ def check_layers(
                         f"give increasing indices from 0 to {len(strides) - 1}; their strides are {strides}")
 
 # %% ../../nbs/parts/10_backbone.ipynb #b9fc92a9
+def frozen(
+    pyramid: nn.Module,  # features_only; it stays as it is
+) -> nn.Module:
+    "Return a pyramid that computes features and nothing else: folded, channels last, without gradients."
+    folded = fold_norms(pyramid.eval(), noise_images())
+    return folded.to(memory_format=torch.channels_last).requires_grad_(False)
+
+# %% ../../nbs/parts/10_backbone.ipynb #0fdf3661
 class Backbone(nn.Module):
     "A frozen pyramid: images [B,3,H,W] in [0,1] become one float32 feature [B,C_i,H/s_i,W/s_i] per level."
     def __init__(self,
@@ -265,10 +273,9 @@ class Backbone(nn.Module):
         self.name, self.weights = name, weights
         self.layers = list(layers or default_layers(all_strides))
         check_layers(name, self.layers, all_strides)
-        pyramid = build_pyramid(name, weights, self.layers).eval()
+        pyramid = build_pyramid(name, weights, self.layers)
         self.hash = hash_weights(pyramid)
-        folded = fold_norms(pyramid, noise_images())
-        self.pyramid = folded.to(memory_format=torch.channels_last).requires_grad_(False)
+        self.pyramid = frozen(pyramid)
         self.channels = self.pyramid.feature_info.channels()
         self.strides = self.pyramid.feature_info.reduction()
         self.signed = signed_levels(self.pyramid)

@@ -21,14 +21,14 @@ def spread_out(
 ):              # [k, D] of the vectors
     "Draw vectors that are far apart (k-means++, Arthur and Vassilvitskii 2007)."
     chosen = []
-    distance = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    distance = torch.ones(len(x), dtype=torch.float64)       # on the CPU, like all that decides a draw
     for _ in range(k):
-        draw = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device)
+        draw = torch.rand(1, generator=generator, dtype=torch.float64)
         position = torch.searchsorted(distance.cumsum(0), draw*distance.sum()).clamp(max=len(x) - 1)
-        chosen.append(position)
-        distance_to_new = (1 - x @ x[position[0]]).clamp(min=0).double()
+        chosen.append(int(position))
+        distance_to_new = (1 - x @ x[chosen[-1]]).clamp(min=0).double().cpu()
         distance = torch.minimum(distance, distance_to_new)
-    return x[torch.cat(chosen)]
+    return x[chosen]
 
 # %% ../../nbs/parts/11a_clustering.ipynb #3af33928
 @torch.no_grad()

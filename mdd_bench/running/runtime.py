@@ -67,7 +67,7 @@ class Runtime:
     "How a run is carried out; nothing here decides a number. Raises `SpecError` for a missing device."
     device: torch.device | str | None = None  # None: a GPU where there is one
     workers: int = 0                          # processes that load images
-    cache_gb: float = 4                       # largest feature cache of one set of images, gigabytes; 0: none
+    cache_gb: float = 20                      # largest size of the whole feature store, gigabytes; 0: none
     progress: Callable = no_progress          # called with (stage, done, total)
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..errors import DataError
+from ..evaluation.curves import to_numpy
 
 # %% ../../nbs/running/53a_samples.ipynb #54bb8cdd
 @dataclass
@@ -91,14 +92,15 @@ class SampleKeeper:
 
     def update(self,
         index,   # [B] positions in the table
-        maps,    # raw [B, H, W]
+        maps,    # raw, B arrays or tensors [H, W]
         scores,  # [B]
     ):
         "Add a batch, and drop the maps that will not be kept."
-        for i, raw, score in zip(index, maps, scores):
-            self.maps[i], self.scores[i] = raw.astype(np.float16), float(score)
+        self.scores.update({i: float(score) for i, score in zip(index, scores)})
         kept = {i for _, i in self.choices()}
         self.maps = {i: raw for i, raw in self.maps.items() if i in kept}
+        for i, raw in zip(index, maps):
+            if i in kept: self.maps[i] = to_numpy(raw).astype(np.float16)
 
     def choices(self) -> list[tuple]:
         "(reason, position) of every image that is kept; an image may be kept for two reasons."

@@ -197,7 +197,7 @@ SETTINGS = {
     "out": option("", "the study's folder; empty: a temporary one"),
     "device": option("", "cpu, cuda, ...; empty: a GPU where there is one"),
     "workers": option(0, "processes that load images"),
-    "cache_gb": option(4.0, "largest feature cache of one set of images, gigabytes; 0: none"),
+    "cache_gb": option(20.0, "largest size of the whole feature store, gigabytes; 0: none"),
     "keep_model": option(False, "keep model.safetensors: more protocols then need no training"),
 }
 

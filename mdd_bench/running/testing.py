@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from ..data.loading import ImageDataset, load_image, load_mask
+from ..evaluation.curves import to_numpy
 from ..evaluation.metrics import mean_over_classes
 from ..evaluation.protocols import (
     ClassResult, ProtocolEvaluator, evaluate_batch, get_protocol, raw_batch)
@@ -31,7 +32,7 @@ from .training import cached_features, feed
 class BatchPrediction(NamedTuple):
     "What a detector predicts for a batch of test images."
     index: list[int]           # positions of the images in their table
-    maps: np.ndarray           # float32 [B, H, W], raw
+    maps: torch.Tensor         # float32 [B, H, W], raw, on the detector's device
     scores: np.ndarray | None  # float32 [B] the detector's own scores, if it has any
     extra: dict[str, list]     # diagnostics, one value per image
 
@@ -47,11 +48,11 @@ def predictions(
     done = 0
     for b in feed(detector, images, batch, runtime, cache):
         p = detector.predict(b["features"], (images.size, images.size))
-        maps = p.map.float().cpu().numpy()
-        scores = None if p.score is None else p.score.float().cpu().numpy()
+        scores = None if p.score is None else to_numpy(p.score.float())
         extra = {name: v.cpu().tolist() if torch.is_tensor(v) else list(v) for name, v in p.extra.items()}
-        yield BatchPrediction(list(range(done, done + len(maps))), maps, scores, extra)
-        done += len(maps)
+        index = list(range(done, done + len(p.map)))
+        yield BatchPrediction(index, p.map.float(), scores, extra)
+        done += len(index)
 
 # %% ../../nbs/running/54_testing.ipynb #acda56a5
 def class_images(
@@ -133,7 +134,7 @@ class ClassTest:
     def keep(self, batch, part):
         "Add images that the first protocol compared at one size to the samples and the replicates."
         index = [batch.index[i] for i in part.index]
-        self.keeper.update(index, batch.maps[part.index], part.scores)
+        self.keeper.update(index, [batch.maps[i] for i in part.index], part.scores)
         start = time.perf_counter()
         self.replicates.update(part.maps, part.scores, part.masks, part.labels)
         self.replicates_s += time.perf_counter() - start
@@ -225,7 +226,8 @@ def class_maps(detector, plan: ModelPlan, cls: str, runtime: Runtime) -> ClassMa
     "All maps of one class of a model, with the true masks at their size."
     table = plan.dataset.catalog.part(cls=cls, split="test")
     spec, root = plan.resolved.spec, plan.dataset.catalog.root
-    maps = np.concatenate([b.maps for b in predict_class(detector, plan, class_images(plan, cls), runtime)])
+    batches = predict_class(detector, plan, class_images(plan, cls), runtime)
+    maps = np.concatenate([to_numpy(batch.maps) for batch in batches])
     protocol, shape = get_protocol(spec.protocols[0]), (spec.size, spec.size)
     masks = np.stack([protocol.masks(true_mask(root, row), shape) for _, row in table.iterrows()])
     return ClassMaps(cls, table.path.tolist(), table.kind.tolist(), maps, masks)
