@@ -95,6 +95,7 @@ def test_a_contestant_answers_each_request():
     assert set(about) == {"mdd_bench", "torch"}
     assert [a["images"] for a in answers] == [5]*4 and min(a["seconds"] for a in answers) > 0
 
+@pytest.mark.slow
 def test_an_ablation_finds_the_same_with_and_without_the_store():
     options = dict(bank="normal", coreset_ratio=.05)
     specs = json.dumps([FIELDS | dict(detector="dmad", epochs=1, seed=s, options=options) for s in (0, 1)])
