@@ -41,31 +41,49 @@ def learning_rate(args, epoch):
     drops = sum(epoch >= fraction*args.epochs for fraction in args.drops)
     return args.lr*.1**drops
 
-def fit_rd4ad(images, tensors, args):
-    "Train anomalib's reverse distillation; returns `Fitted`."
+class Training(NamedTuple):
+    "What a step of reverse distillation needs."
+    model: torch.nn.Module
+    loss: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+def make_rd4ad(size, tensors, args):
+    "anomalib's reverse distillation for images of `size` (H, W), ready to train; returns `Training`."
     from anomalib.models.image.reverse_distillation.anomaly_map import AnomalyMapGenerationMode
     from anomalib.models.image.reverse_distillation.lightning_model import ReverseDistillation
     from anomalib.models.image.reverse_distillation.loss import ReverseDistillationLoss
     from anomalib.models.image.reverse_distillation.torch_model import ReverseDistillationModel
     mode = AnomalyMapGenerationMode.ADD
-    model = ReverseDistillationModel(args.backbone, images.shape[-2:], args.layers, mode, pre_trained=False)
+    model = ReverseDistillationModel(args.backbone, size, args.layers, mode, pre_trained=False)
     load_backbone(model.encoder, tensors)
     model.to(args.device)
-    loss = ReverseDistillationLoss()
     optimizer = ReverseDistillation.configure_optimizers(SimpleNamespace(model=model))
+    model.anomaly_map_generator.kernel_size = 1         # a Gaussian of one tap changes nothing
+    return Training(model, ReverseDistillationLoss(), optimizer)
+
+def train_epoch(training, images, args):
+    "Take the steps of one epoch, in an order that torch draws; returns how many."
+    model, loss, optimizer = training
+    order = torch.randperm(len(images)).numpy()
+    # Batch norm cannot be trained on one image; our loader leaves such a last batch out as well.
+    if len(order) > 1 and len(order) % args.batch == 1: order = order[:-1]
+    model.train()
+    steps = 0
+    for batch in batches(images, args, order):
+        optimizer.zero_grad(set_to_none=True)
+        loss(*model(batch)).backward()
+        optimizer.step()
+        steps += 1
+    return steps
+
+def fit_rd4ad(images, tensors, args):
+    "Train anomalib's reverse distillation; returns `Fitted`."
+    training = make_rd4ad(images.shape[-2:], tensors, args)
+    model, _, optimizer = training
     steps = 0
     for epoch in range(args.epochs):
         for group in optimizer.param_groups: group["lr"] = learning_rate(args, epoch)
-        order = torch.randperm(len(images)).numpy()
-        # Batch norm cannot be trained on one image; our loader leaves such a last batch out as well.
-        if len(order) > 1 and len(order) % args.batch == 1: order = order[:-1]
-        model.train()
-        for batch in batches(images, args, order):
-            optimizer.zero_grad(set_to_none=True)
-            loss(*model(batch)).backward()
-            optimizer.step()
-            steps += 1
-    model.anomaly_map_generator.kernel_size = 1         # a Gaussian of one tap changes nothing
+        steps += train_epoch(training, images, args)
     trained = sum(p.numel() for p in model.parameters() if p.grad is not None)
     return Fitted(model, steps, f"{trained:,} weights", dict(betas=list(optimizer.param_groups[0]["betas"])))
 
