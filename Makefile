@@ -48,7 +48,7 @@ clean:
 
 # A changed settings.ini updates the environment; otherwise it is used as it is.
 INSTALLED_FROM := settings.ini setup.py pyproject.toml
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mdd_bench needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

@@ -52,7 +52,7 @@ class DataFields:
         None, "a timm model; none: that of the weights, or of the detector's recipe",
         group="Features")
     weights: str = spec_field(
-        "pretrained", "of the backbone: pretrained (timm's), lite0 (by pip), procedural, random, or a file",
+        "pretrained", "of the backbone: pretrained, lite0 (by pip), procedural, random, or a file",
         group="Features")
     layers: list[int] | None = spec_field(
         None, "feature levels to use; none: those of the detector's recipe", group="Features")
