@@ -46,7 +46,9 @@ lab: .venv/.installed
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .last_checked nbs/_text
 
-# A changed settings.ini updates the environment; otherwise it is used as it is.
+# A changed settings.ini updates the environment; otherwise it is used as it is. pip would compile every file of every package, most of
+# them for nothing; a module that is used is compiled on its first import.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALLED_FROM := settings.ini setup.py pyproject.toml
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 
