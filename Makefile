@@ -6,7 +6,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all gpu-check lint notebooks peers lab clean check-notebooks
+.PHONY: demo test test-all gpu-check lint notebooks peers lab clean check-notebooks check-studies
 # From a fresh clone to a table and a picture; only what a run needs is installed.
 demo: .venv/.demo
 	OMP_NUM_THREADS=1 mdd_bench sweep benchmark --out results/demo
@@ -14,7 +14,7 @@ demo: .venv/.demo
 test: .venv/.installed lint check-notebooks
 	OMP_NUM_THREADS=1 pytest -q -n 2 -m "not slow"
 
-test-all: .venv/.installed lint check-notebooks
+test-all: .venv/.installed lint check-notebooks check-studies
 	OMP_NUM_THREADS=1 pytest -q -n 2
 
 # What only a GPU can show, in under 8 minutes; it needs what a run needs, and no environment of ours. The report: $(GPU_OUT)/gpu_check.md
@@ -28,7 +28,11 @@ lint: .venv/.installed
 
 # Every library notebook runs from top to bottom (one thread per worker, or they fight for the cores).
 check-notebooks: .venv/.installed
-	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print --skip_folder_re '^[_.]|^studies$$'
+
+# Every study as its notebook stands, at smoke size; each makes its runs on all cores, so one comes after the other.
+check-studies: .venv/.installed
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 1 --do_print --path nbs/studies
 
 # Export the library, write the parameter cells of the studies, execute what is out of date, clean, and stamp each notebook with the hash of its code.
 notebooks: .venv/.installed
