@@ -11,13 +11,12 @@ __all__ = ['VERSION', 'SIDE', 'PIXEL_Y', 'PIXEL_X', 'CAP_MARKS', 'CLASSES', 'LEA
            'lay_on', 'gear_teeth', 'gear_outline', 'turned_steel', 'gear_surface', 'gear', 'pin_distance',
            'connector_pins', 'connector_outline', 'plastic', 'scuffed', 'connector', 'cap_ink', 'without_two',
            'cap_print', 'dent', 'highlight', 'cap', 'uneven_light', 'dust', 'camera', 'Product', 'stream_of',
-           'photograph', 'to_bytes', 'Pair', 'draw_pair', 'draw', 'plan', 'write_png', 'write_image', 'Order', 'fulfil',
-           'parallel_map', 'write_embedded', 'embedded']
+           'photograph', 'to_bytes', 'Pair', 'draw_pair', 'draw', 'plan', 'write_png', 'write_image', 'write_embedded',
+           'embedded']
 
 # %% ../../nbs/data/02_synthetic.ipynb #dcd0d068
-import multiprocessing, os, shutil
+import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -816,32 +815,6 @@ def write_image(
     if kind != "good": write_png(folder/"ground_truth"/kind/f"{i:03}_mask.png", mask.astype(np.uint8)*255)
 
 # %% ../../nbs/data/02_synthetic.ipynb #aabe03dc
-class Order(NamedTuple):
-    "An image that is to be drawn and written."
-    folder: Path  # of the class
-    cls: str
-    split: str
-    kind: str
-    i: int
-    seed: int     # of the benchmark
-
-def fulfil(order: Order):
-    "Draw and write one image."
-    folder, cls, split, kind, i, seed = order
-    write_image(folder, split, kind, i, *draw(cls, kind, i, split, seed))
-
-# %% ../../nbs/data/02_synthetic.ipynb #6a3a0143
-@contextmanager
-def parallel_map():
-    "Yield a function like `map` whose calls are spread over all cores, where processes can be forked."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if cores == 1 or "fork" not in multiprocessing.get_all_start_methods():
-        yield map
-        return
-    with multiprocessing.get_context("fork").Pool(cores) as pool:
-        yield pool.imap_unordered
-
-# %% ../../nbs/data/02_synthetic.ipynb #739b426c
 def write_embedded(
     root,                 # folder to write: new or empty
     size="default",       # smoke, default or large
@@ -856,11 +829,9 @@ def write_embedded(
     if root.is_dir() and any(root.iterdir()):
         raise DataError(f"{root} is not empty",
                         "give a new folder, or empty it first")
-    orders = [Order(root/cls, cls, *image, seed) for cls in classes for image in plan(size, cls)]
-    with parallel_map() as spread:
-        drawn = spread(fulfil, orders)
-        for _ in tqdm(drawn, "drawing the benchmark", len(orders), leave=False, disable=None):
-            pass
+    images = [(cls, *image) for cls in classes for image in plan(size, cls)]
+    for cls, split, kind, i in tqdm(images, "drawing the benchmark", leave=False, disable=None):
+        write_image(root/cls, split, kind, i, *draw(cls, kind, i, split, seed))
     return root
 
 # %% ../../nbs/data/02_synthetic.ipynb #b041b80e
