@@ -212,7 +212,7 @@ def test_store_on_off_or_partial_same_record(kept_run, tmp_path, monkeypatch):
     spec, first, _ = kept_run("rd4ad")
     total = sum(e.size for e in FeatureStore(store_folder()).entries())
     monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path/"cache"))
-    gigabytes = 250e3/1e9
+    gigabytes = 90e3/1e9
     partly = run(spec, tmp_path/"partly", Runtime("cpu", cache_gb=gigabytes), keep_model=True)
     off = run(spec, tmp_path/"off", Runtime("cpu", cache_gb=0), keep_model=True)
     sources = [record.cost["features"] for record in (first, partly, off)]

@@ -67,6 +67,7 @@ def loaded_batches(
         if cache is not None and cache.complete: b["features"] = channels_last(cache[b["index"]])
         yield b
 
+# %% ../../nbs/running/53_training.ipynb #cba7f6f6
 def feed(
     detector,
     images: TorchDataset,               # an ImageDataset, or Textures
