@@ -8,6 +8,7 @@ ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 lib = cfg["lib_path"]
 studies = f"{lib}.studies"   # the study files live in nbs/studies and travel in the wheel as package data
+lite0 = shlex.split(cfg["lite0_requirements"])
 
 setuptools.setup(
     version=cfg["version"],
@@ -21,7 +22,7 @@ setuptools.setup(
     package_dir={studies: "nbs/studies"},
     package_data={lib: ["*.csv", "*.safetensors"], studies: ["*.yaml", "*.ipynb", "*.py"]},
     install_requires=shlex.split(cfg["requirements"]),
-    extras_require={name: shlex.split(cfg[f"{name}_requirements"]) for name in ("lite0", "dev")},
+    extras_require={"lite0": lite0, "dev": lite0 + shlex.split(cfg["dev_requirements"])},
     entry_points={
         "nbdev": [f"{lib}={lib}._modidx:d"],
         "console_scripts": shlex.split(cfg["console_scripts"]),

@@ -203,8 +203,8 @@ def test_a_run_trains_nothing_and_records_its_bank(tmp_path):
     own, asked = resolve(small_spec(epochs=None)), resolve(spec)
     assert own.run_id == asked.run_id and asked.recipe.epochs == 0
     record = run(spec, tmp_path)
-    assert record.provenance["bank"]["dim"] == 192 and record.cost["parameters_trained"] == 0
-    assert record.cost["bytes_test_without_backbone"] == record.provenance["bank"]["rows"]*192*4
+    assert record.provenance["bank"]["dim"] == 64 and record.cost["parameters_trained"] == 0
+    assert record.cost["bytes_test_without_backbone"] == record.provenance["bank"]["rows"]*64*4
     assert run(spec, tmp_path/"other", Runtime(cache_gb=0)).metrics == record.metrics
 
 def test_levels_are_the_methods_own():

@@ -150,11 +150,9 @@ def hash_weights(
     return hash_tensors(model.state_dict())
 
 # %% ../../nbs/parts/10_backbone.ipynb #5d581b79
-def noise_images(
-    size: int = 64,   # pixels
-):                    # [2, 3, size, size]
+def noise_images():   # [2, 3, 64, 64]
     "Draw images of noise, always the same, to try a network with."
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 @torch.no_grad()
 def signed_levels(
@@ -254,7 +252,7 @@ def check_layers(
 
 # %% ../../nbs/parts/10_backbone.ipynb #b9fc92a9
 def frozen(
-    pyramid: nn.Module,  # features_only; it stays as it is
+    pyramid: nn.Module,  # features_only; it may be changed
 ) -> nn.Module:
     "Return a pyramid that computes features and nothing else: folded, channels last, without gradients."
     folded = fold_norms(pyramid.eval(), noise_images())

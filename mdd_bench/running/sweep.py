@@ -152,16 +152,16 @@ class SweepBar:
         total: int,   # runs to make
     ):
         self.bar, self.total, self.ended = bar, total, 0
-        self.running = {}     # label -> (fraction done, stage)
+        self.running = {}     # run_id -> (label, fraction done, stage); two runs may have one label
 
-    def show(self, label: str, fraction: float, stage: str):
+    def show(self, run_id: str, label: str, fraction: float, stage: str):
         "Show how far a run is."
-        self.running[label] = fraction, stage
+        self.running[run_id] = label, fraction, stage
         self.draw()
 
-    def finish(self, label: str, outcome: str):
+    def finish(self, run_id: str, label: str, outcome: str):
         "Count a run that has ended."
-        self.running.pop(label, None)
+        self.running.pop(run_id, None)
         self.ended += 1
         self.draw()
         if self.bar.disable:
@@ -169,9 +169,9 @@ class SweepBar:
 
     def draw(self):
         "Draw the bar."
-        running = list(self.running.items())
-        self.bar.n = self.ended + sum(fraction for _, (fraction, _) in running)
-        stages = [f"{label}: {stage}" for label, (_, stage) in running]
+        running = list(self.running.values())
+        self.bar.n = self.ended + sum(fraction for _, fraction, _ in running)
+        stages = [f"{label}: {stage}" for label, _, stage in running]
         self.bar.set_description_str("; ".join([f"{self.ended}/{self.total}", *stages]))
 
 # %% ../../nbs/running/59_sweep.ipynb #37d86362
@@ -186,13 +186,17 @@ def make_group(
     "Make the records of a group one after another; returns what failed."
     failures = []
     for resolved, label in group:
-        def show(fraction, stage, label=label):
+        def show(fraction, stage, run_id=resolved.run_id, label=label):
             if stop.is_set(): raise KeyboardInterrupt
-            progress.show(label, fraction, stage)
+            progress.show(run_id, label, fraction, stage)
+        show(0, "starting")
         keep = settings["keep_model"] or len(group) > 1
-        failure = make_record(resolved, store, plain, settings | dict(keep_model=keep), show)
+        try: failure = make_record(resolved, store, plain, settings | dict(keep_model=keep), show)
+        except BaseException:
+            stop.set()     # an error that is no run's own, such as a full disk, ends them all
+            raise
         if failure: failures.append(failure)
-        progress.finish(label, "failed" if failure else "done")
+        progress.finish(resolved.run_id, label, "failed" if failure else "done")
     return failures
 
 # %% ../../nbs/running/59_sweep.ipynb #fe93f232

@@ -83,7 +83,7 @@ def feed(
     if not pairs: images.defects = None
     images.images = cache is None or not cache.complete or pairs or "image" in detector.needs
     loaded = loaded_batches(images, cache, batch, seed, epoch, runtime.workers, runtime.device)
-    for b in prefetched(loaded):
+    for b in loaded if runtime.workers else prefetched(loaded):
         b = to_device(b, runtime.device)
         if cache is None: b["features"] = clean_features(detector.backbone, b["image"])
         elif not cache.complete: b["features"] = channels_last(cache.features(b["index"], b["image"]))
