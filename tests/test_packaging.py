@@ -102,6 +102,7 @@ def test_studies_are_found_beside_the_package(installed, tmp_path):
     assert path.startswith(str(installed.parent)) and path.endswith("mdd_bench/studies/run.ipynb")
     assert studies == sorted(p.stem for p in (ROOT/"nbs"/"studies").glob("*.yaml"))
 
+@pytest.mark.slow
 def test_the_command_sweeps_at_smoke_size(installed, tmp_path):
     args = ["sweep", "benchmark", *sweep_flags(detector=["rd4ad", "mddnet"])]
     printed = output(installed/"mdd_bench", *args, cwd=tmp_path)

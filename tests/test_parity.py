@@ -118,6 +118,7 @@ def test_without_peers_ours_is_shown(tmp_path, monkeypatch):
     assert record.spec["classes"] == ["gear", "tile"]
     assert row[METRICS].tolist() == [record.metrics["exact"]["mean"][name] for name in METRICS]
 
+@pytest.mark.slow
 def test_our_own_maps_from_a_peer_get_our_own_numbers(tmp_path, fake):
     "The peer is given the loader's pixels; what it gives is scored like a record, and it is asked once."
     spec = make_spec(**DATA, classes="gear,tile", detector="patchcore", options=dict(coreset_ratio=.05))
@@ -145,6 +146,7 @@ def test_our_own_maps_from_a_peer_get_our_own_numbers(tmp_path, fake):
     left = [path for path in out.rglob("*") if path.suffix in (".npz", ".part")]
     assert all(path.parent.parent.name == "runs" for path in left)
 
+@pytest.mark.slow
 def test_a_mean_a_deviation_and_a_difference(tmp_path, fake):
     "Two detectors, two seeds, a peer that guesses."
     guess = """
