@@ -125,6 +125,9 @@ def write_report(table):
     about = (f"{DATA['data']}, {DATA['size']} px, {DATA['backbone']} with {DATA['weights']} weights, stored features; "
              f"one epoch of 144 images after one that is not timed; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}, "
              f"medians of {rounds} rounds in which both sides take turns. Before: commit 212dfa6.")
+    of_runs = table.groupby(["arm", "side"]).seconds
+    spread = ((of_runs.max() - of_runs.min())/of_runs.median()).max()
+    about += f" The machine is noisy: the rounds of one row differ by up to {100*spread:.0f}%."
     texts = ["# Training before and after", about, markdown("images/s", rates(table), 2)]
     for arm in ("mddnet, mirror", "mddnet, light"):
         texts += [f"Milliseconds of a step of 16 images, {arm}:", markdown("part", parts_of_a_step(table, arm), 0)]
