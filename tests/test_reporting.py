@@ -242,7 +242,7 @@ def test_named_arms_are_the_index_and_keep_the_order_of_the_records():
     assert scores_frame(records, by=names)["arm"].tolist() == ["one"]*3 + ["both + L_dist"]*3
     assert per_class(records, by=names).index.tolist() == in_order
     assert to_markdown(table).startswith("| arm |")
-    assert "Epochs 5 (one); 20 (both + L_dist)" in caption(records, by=names)
+    assert "Trained for 5 epochs (one); 20 epochs (both + L_dist)" in caption(records, by=names)
 
 
 def test_one_detector_may_have_several_named_arms():
@@ -354,7 +354,7 @@ def test_caption_tells_what_the_numbers_are_of():
     records = [record("a", seed, data=data) for seed in (0, 1)]
     text = caption([*records, record("b", 0, data=data, epochs=0)])
     for part in ("Data mvtec: 2 classes", "size 128 px", "Backbone resnet18", "weights pretrained",
-                 "10 (a); 0 (b)", "batch 16", "0, 1 (a); 0 (b)", "`exact`",
+                 "Trained for 10 epochs (a); nothing (b)", "batch 16", "0, 1 (a); 0 (b)", "`exact`",
                  "F1max uses the best threshold on the test set", "fingerprint d1"):
         assert part in text
     assert "/home" not in text

@@ -42,6 +42,7 @@ TEXT_AND_TYPED = dict(
     setting=("separate", "separate"),
     seed=("4", 4),
     epochs=("10 %", "10%"),
+    steps=("50", 50),
     batch=("8", 8),
     precision=("bfloat16", "bfloat16"),
     protocols=("exact,ader", ["exact", "ader"]),
@@ -94,7 +95,8 @@ def test_a_spec_survives_the_command_line(monkeypatch):
     def stop(spec, *args): raise SpecError(json.dumps(asdict(spec)))
     monkeypatch.setattr(running, "run", stop)
     values = {name: typed for name, (_, typed) in TEXT_AND_TYPED.items()}
-    for spec in (make_spec(), make_spec(**values), small_spec(epochs=3, manifest="m.json")):
+    everything = values | dict(steps=None)      # a length is given in epochs or in steps
+    for spec in (make_spec(), make_spec(**everything), small_spec(epochs=3, manifest="m.json")):
         result = CliRunner().invoke(app, ["run", *flags(spec)])
         assert isinstance(result.exception, SpecError), result.output
         assert json.loads(result.exception.what) == asdict(spec)
@@ -201,6 +203,7 @@ CHANGES = dict(
     setting=dict(setting="separate"),
     seed=dict(seed=1),
     epochs=dict(epochs=2),
+    steps=dict(epochs=None, steps=2),
     batch=dict(batch=5),
     precision=dict(precision="bfloat16"),
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AHEAD', 'to_rgb', 'load_image', 'image_array', 'load_mask', 'coverage', 'labelled_mask', 'ImageDataset', 'order',
-           'batches', 'prefetched']
+           'single_image_left', 'steps_of_pass', 'batches', 'prefetched']
 
 # %% ../../nbs/data/04_loading.ipynb #2c175416
 from collections import deque
@@ -120,6 +120,17 @@ def order(
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
 
 # %% ../../nbs/data/04_loading.ipynb #fe19338b
+def single_image_left(
+    images: int,  # of the training
+    batch: int,   # images per batch
+) -> bool:
+    "Whether the last batch of a pass would be a single image."
+    return images > 1 and images % batch == 1
+
+def steps_of_pass(images: int, batch: int) -> int:
+    "How many batches one pass over the training images has."
+    return -(-images//batch) - single_image_left(images, batch)
+
 def batches(
     rows: ImageDataset,
     batch: int,         # rows per batch
@@ -131,8 +142,7 @@ def batches(
     "Returns the batches of one pass over the rows."
     rows.epoch = epoch or 0
     sampler = range(len(rows)) if epoch is None else order(len(rows), seed, epoch)
-    single_image_left = len(rows) > 1 and len(rows) % batch == 1
-    if epoch is not None and single_image_left: sampler = sampler[:-1]
+    if epoch is not None and single_image_left(len(rows), batch): sampler = sampler[:-1]
     pinned = torch.device(device).type == "cuda"
     own = torch.Generator().manual_seed(seed)   # a loader draws a number, which is not to be torch's next one
     return DataLoader(rows, batch, sampler=sampler, num_workers=workers, pin_memory=pinned, generator=own)

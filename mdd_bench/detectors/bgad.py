@@ -348,6 +348,7 @@ def record_facts(
 @register("bgad")
 class BGAD(BGADOptions):
     "Flows, and a boundary that labelled anomalies are pushed across; without labels plain flows (CVPR 2023)."
+    revision = 2
     recipe = Recipe(epochs=200, batch=32, optimizer="adam", lr=2e-4, drops=(.5, .75, .9),
                     backbone="tf_efficientnet_b6.aa_in1k")
     needs = frozenset({"labelled"})

@@ -32,6 +32,8 @@ class Prediction:
 class Recipe:
     "A method's documented training and features: what a run uses where it sets nothing else."
     epochs: int = 0                       # passes over the training images; 0: there is nothing to train
+    steps: int | None = None              # optimizer steps, where a run asks for them instead of epochs
+    converged: int | None = None          # steps below which tables mark a training; None: not known
     batch: int = 16                       # images in a step
     optimizer: str = "adam"               # adam | adamw
     lr: float = 1e-3                      # learning rate

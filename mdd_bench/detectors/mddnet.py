@@ -410,7 +410,7 @@ def maps_of_batches(
 @register("mddnet")
 class MDDNet(MDDNetOptions):
     "MDD-Net: restoration and identity decoders with a class-aware memory (arXiv 2504.14884, reconstructed)."
-    revision = 2
+    revision = 3
     recipe = Recipe(epochs=100, batch=16, optimizer="adam", lr=5e-3, betas=(0.5, 0.999), drops=(0.8,))
 
     def __init__(self, backbone, classes=1, **options):

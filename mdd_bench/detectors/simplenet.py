@@ -65,6 +65,7 @@ def positive_number(
 @register("simplenet")
 class SimpleNet(Detector):
     "Normal patches against the same with noise, by a small network (SimpleNet, CVPR 2023; schedule: ADer)."
+    revision = 2
     recipe = Recipe(epochs=100, batch=32, optimizer="adamw", lr=2e-4, weight_decay=1e-5, drops=(.8,),
                     strides=(8, 16))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BROUGHT', 'SEEDS', 'FOLLOWS', 'TABLE_METRICS', 'DRESS', 'settings', 'arm_columns', 'comparable', 'Arm', 'arms',
-           'scores_frame', 'summary', 'per_class', 'seen_and_unseen', 'transfer', 'marks', 'to_markdown', 'caption',
-           'costs', 'write_table']
+           'scores_frame', 'not_converged', 'summary', 'per_class', 'seen_and_unseen', 'transfer', 'marks',
+           'to_markdown', 'caption', 'costs', 'write_table']
 
 # %% ../../nbs/reporting/61_tables.ipynb #11756872
 import json
@@ -59,11 +59,13 @@ def _named_settings(record, by):
     return flat
 
 # %% ../../nbs/reporting/61_tables.ipynb #6e31f0e7
-BROUGHT = ("detector", "revision", "epochs", "batch", "options", "backbone", "layers")   # by a method
+# What a method brings:
+BROUGHT = ("detector", "revision", "epochs", "steps", "batch", "options", "backbone", "layers")
 SEEDS = ("seed", "label_seed")   # what tables average over
 FOLLOWS = {                      # {setting: the settings that it may follow}
     "revision": ("detector",),
     "epochs": ("detector",),
+    "steps": ("detector",),
     "batch": ("detector",),
     "options": ("detector",),
     "backbone": ("detector",),
@@ -214,6 +216,29 @@ def _average_over_seeds(
         rows.append({**arm.values, **mean, **std, "n": len(arm.records), "records": ids})
     return pd.DataFrame(rows).set_index(arm_columns(by))
 
+# %% ../../nbs/reporting/61_tables.ipynb #1d9d1c76
+def _steps(record):
+    "The optimizer steps that a record says it took, a list: one number for each model."
+    models = record.provenance.get("models", {}).values() or [record.provenance]
+    return list(dict.fromkeys(model["steps"] for model in models if "steps" in model))
+
+def not_converged(
+    records,                         # comparable Records
+    by: str|list|dict = "detector",  # what tells the arms apart, as in `comparable`
+) -> dict:                           # {the arm's values in the index: a few words}
+    "The arms that were trained for fewer steps than their recipe says it takes; empty where nobody knows."
+    short = {}
+    for arm in arms(records, by):
+        for record in arm.records:
+            models = record.provenance.get("models", {}).values() or [record.provenance]
+            needed = max(model.get("converged_steps") or 0 for model in models)
+            taken = min(_steps(record), default=needed)
+            values = tuple(arm.values.values())
+            if taken < needed:
+                key = values if len(values) > 1 else values[0]
+                short[key] = f"{arm.name} ({taken} of {needed} steps)"
+    return short
+
 # %% ../../nbs/reporting/61_tables.ipynb #d9dfb8c0
 def _metric(scores, metric):
     "One metric of a block of scores; an unknown name raises `SpecError`."
@@ -231,7 +256,9 @@ def summary(
     def numbers(record):
         scores = _scores(record, protocol)
         return {metric: _metric(scores, metric) for metric in metrics}
-    return _average_over_seeds(records, by, numbers)
+    table = _average_over_seeds(records, by, numbers)
+    table.attrs["not converged"] = not_converged(records, by)
+    return table
 
 # %% ../../nbs/reporting/61_tables.ipynb #cefde45c
 def per_class(
@@ -355,18 +382,28 @@ def to_markdown(
     columns = [column for column in table if f"{column} std" in table]
     cells = [_cells(table, column, digits) for column in columns]
     rows = [[*table.index.names, *columns], [":---"]*table.index.nlevels + ["---:"]*len(columns)]
+    marked = table.attrs.get("not converged", {})
     for i, arm in enumerate(table.index):
         values = arm if isinstance(arm, tuple) else (arm,)
         heads = [str(value).replace("|", r"\|") for value in values]
+        if arm in marked: heads[0] += " †"
         rows.append(heads + [column[i] for column in cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 # %% ../../nbs/reporting/61_tables.ipynb #e564a6a6
+def _length(record):
+    "How long a record was trained, in epochs and steps where both are known."
+    epochs, steps = record.spec["epochs"], _printed(_steps(record))
+    if epochs == 0: return "nothing"
+    if epochs is None: return f"{steps} steps"
+    return f"{epochs} epochs ({steps} steps)" if steps else f"{epochs} epochs"
+
 def _by_arm(records, by, field):
-    "The value of a setting if all arms agree, otherwise each value with the arms that have it."
+    "A setting, or the length, if all arms agree, otherwise each value with the arms that have it."
     printed = {}
     for arm in arms(records, by):
-        values = [str(_printed(settings(record).get(field))) for record in arm.records]
+        described = [settings(record) | dict(length=_length(record)) for record in arm.records]
+        values = [str(_printed(setting.get(field))) for setting in described]
         printed[arm.name] = ", ".join(dict.fromkeys(values))
     distinct = list(dict.fromkeys(printed.values()))
     if len(distinct) == 1:
@@ -399,7 +436,7 @@ def _label_sentences(records, by):
 # %% ../../nbs/reporting/61_tables.ipynb #23026bfa
 def _training_sentences(records, by, protocol):
     "Data, backbone and training of the records, as Markdown sentences."
-    fields = ("data", "setting", "size", "backbone", "weights", "layers", "epochs", "batch", "seed")
+    fields = ("data", "setting", "size", "backbone", "weights", "layers", "length", "batch", "seed")
     value = {field: _by_arm(records, by, field) for field in fields}
     class_counts = [len(_scores(record, protocol, "per_class")) for record in records]
     classes = ", ".join(str(count) for count in dict.fromkeys(class_counts))
@@ -408,7 +445,7 @@ def _training_sentences(records, by, protocol):
     return [
         f"Data {value['data']}: {classes} classes, {value['setting']}, size {value['size']} px.",
         f"Backbone {value['backbone']}, weights {value['weights']}, layers {value['layers']}.",
-        f"Epochs {value['epochs']}, batch {value['batch']}, seeds {value['seed']} ({deviation}).",
+        f"Trained for {value['length']}; batch {value['batch']}, seeds {value['seed']} ({deviation}).",
     ]
 
 def _unverified(records):
@@ -429,6 +466,8 @@ def caption(
     sentences += _training_sentences(records, by, protocol) + _label_sentences(records, by)
     sentences.append(f"Protocol `{protocol}`, mean over classes, in percent.")
     sentences.append("F1max uses the best threshold on the test set.")
+    short = not_converged(records, by)
+    if short: sentences.append(f"† Not converged: {', '.join(short.values())}.")
     sentences.append(f"Data fingerprint {_by_arm(records, by, 'data_fingerprint')}.")
     if _unverified(records):
         sentences.append(f"Not verified against published numbers: {_unverified(records)}.")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BY_CONTENT', 'short_hash', 'Resolved', 'load_dataset', 'remembered_backbone', 'load_backbone', 'epochs_of',
-           'detector_identity', 'chosen_fields', 'make_identity', 'check_labels', 'resolve', 'drawn_fields',
-           'filled_spec', 'ModelPlan', 'model_plans']
+           'detector_identity', 'chosen_fields', 'make_identity', 'own_recipe', 'check_labels', 'resolve',
+           'drawn_fields', 'filled_spec', 'ModelPlan', 'model_plans']
 
 # %% ../../nbs/running/51_identity.ipynb #8204e1ea
 import hashlib, json
@@ -33,7 +33,7 @@ class Resolved:
     dataset: Dataset        # verified, with labelled, held-out and calibration images marked
     backbone: Backbone
     options: dict           # all options of the detector, with their values
-    recipe: Recipe          # of the detector, with the spec's epochs and batch
+    recipe: Recipe          # of the detector, with the spec's length of training and batch
     identity: dict          # what decides the numbers
     weights_identity: dict  # what decides the trained weights: the same, without what only the test reads
 
@@ -89,7 +89,8 @@ def epochs_of(
 
 # %% ../../nbs/running/51_identity.ipynb #8a6fd5c7
 # Fields that `make_identity` adds in another form: as a hash, or as what the recipe makes of them.
-BY_CONTENT = ("data", "classes", "backbone", "weights", "layers", "detector", "options", "epochs", "batch")
+BY_CONTENT = ("data", "classes", "backbone", "weights", "layers", "detector", "options", "epochs", "steps",
+              "batch")
 
 def detector_identity(cls: type[Detector]) -> dict:
     "The name and revision of a detector, and for one from a user's file the hash of that file."
@@ -107,7 +108,7 @@ def make_identity(
     dataset: Dataset,
     backbone: Backbone,
     options: dict,           # all of the detector's
-    recipe: Recipe,          # with the spec's epochs and batch
+    recipe: Recipe,          # with the spec's length of training and batch
     training: bool = False,  # True: only what decides the trained weights
 ) -> dict:
     "What decides the numbers of a run, or its trained weights."
@@ -115,7 +116,7 @@ def make_identity(
     identity = dict(data=dataset.fingerprint, classes=dataset.classes)
     identity |= dict(backbone=backbone.name, weights=backbone.hash, layers=backbone.layers)
     identity |= detector_identity(cls) | chosen_fields(spec)
-    for name in ("epochs", "batch"):
+    for name in ("epochs", "steps", "batch"):
         if getattr(recipe, name) != getattr(cls.recipe, name): identity[name] = getattr(recipe, name)
     chosen = deciding_options(spec.detector, options, training)
     if chosen: identity["options"] = chosen
@@ -125,6 +126,15 @@ def make_identity(
     return identity
 
 # %% ../../nbs/running/51_identity.ipynb #5a7305e3
+def own_recipe(
+    recipe: Recipe,  # of the detector
+    spec: RunSpec,
+) -> Recipe:
+    "The recipe of a run: with the spec's length of training and batch, where it gives them."
+    batch = recipe.batch if spec.batch is None else spec.batch
+    steps = spec.steps if recipe.epochs else None
+    return replace(recipe, epochs=epochs_of(recipe, spec.epochs), steps=steps, batch=batch)
+
 def check_labels(spec: RunSpec, dataset: Dataset, needs: frozenset):
     "Raise `SpecError` where anomalies are labelled for a detector that does not learn from them."
     if dataset.manifest and dataset.manifest["files"] and "labelled" not in needs:
@@ -143,8 +153,7 @@ def resolve(
     with torch.device("meta"):
         needs = create_detector(spec.detector, backbone, len(dataset.classes), **options).needs
     check_labels(spec, dataset, needs)
-    batch = cls.recipe.batch if spec.batch is None else spec.batch
-    recipe = replace(cls.recipe, epochs=epochs_of(cls.recipe, spec.epochs), batch=batch)
+    recipe = own_recipe(cls.recipe, spec)
     parts = (spec, dataset, backbone, options, recipe)
     return Resolved(*parts, make_identity(*parts), make_identity(*parts, training=True))
 
@@ -161,7 +170,8 @@ def filled_spec(resolved: Resolved) -> dict:
     backbone, recipe = resolved.backbone, resolved.recipe
     known = dict(
         classes=resolved.dataset.classes, backbone=backbone.name, layers=backbone.layers,
-        options=resolved.options, epochs=recipe.epochs, batch=recipe.batch,
+        options=resolved.options, batch=recipe.batch, steps=recipe.steps,
+        epochs=recipe.epochs if recipe.steps is None else None,
         revision=detector_class(resolved.spec.detector).revision)
     return asdict(resolved.spec) | known | drawn_fields(resolved.dataset.manifest)
 

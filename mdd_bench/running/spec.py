@@ -39,7 +39,7 @@ def spec_field(
 class DataFields:
     "What is seen, and through which features."
     data: str = spec_field(
-        "embedded-v1", "a dataset folder, embedded-v1 (-smoke, -large), or heldout:<one of these>",
+        "embedded-v1", "a folder, embedded-v1 (-smoke, -large), or heldout:<one of these>",
         group="Data")
     classes: list[str] | None = spec_field(None, "product classes to use; none: all", group="Data")
     size: int = spec_field(256, "images become size x size pixels", least=16, group="Data")
@@ -94,6 +94,8 @@ class TrainingFields:
     epochs: int | str | None = spec_field(
         None, "passes over the training images; 10%: of the recipe's; none: the recipe's",
         least=0, convert=as_epochs, group="Training")
+    steps: int | None = spec_field(
+        None, "optimizer steps of each model, instead of epochs", least=1, group="Training")
     batch: int | None = spec_field(
         None, "images in a step; none: the detector's recipe", least=1, group="Training")
     precision: str = spec_field("float32", "of the training steps", choices=PRECISIONS, group="Training")
@@ -120,6 +122,8 @@ def make_spec(
         if name not in declared: raise unknown("run parameter", name, declared)
     checked = {name: checked_value(declared[name], value) for name, value in values.items()}
     spec = RunSpec(**checked)
+    if spec.epochs is not None and spec.steps is not None:
+        raise SpecError(f"epochs={spec.epochs} and steps={spec.steps}", "set one of them to none")
     if spec.calibration is not None and not 0 < spec.calibration < 1:
         raise SpecError(f"calibration={spec.calibration}", "give a share above 0 and below 1, or none")
     if spec.manifest: refuse_draw(spec)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATHS', 'SETTINGS', 'studies_folder', 'list_studies', 'study_path', 'own_options', 'detector_name', 'grid_points',
            'largest_hold_out', 'NamedSpec', 'Study', 'axis_values', 'typed_parameter', 'choose_arms', 'set_parameter',
-           'parameter_names', 'load_study', 'parameter_cell', 'given', 'describe_study']
+           'parameter_names', 'one_length', 'load_study', 'parameter_cell', 'given', 'describe_study']
 
 # %% ../../nbs/running/58a_study.ipynb #d1c68bef
 import itertools
@@ -176,6 +176,12 @@ def parameter_names(study: Study) -> list[str]:
     if study.parameters: return list(study.parameters)
     return [*spec_options(), "arms"] if study.arms else list(spec_options())
 
+def one_length(changes: dict) -> dict:
+    "The changes of a study, where a length of training in steps replaces one in epochs, and the reverse."
+    lengths = {"epochs", "steps"}
+    asked = lengths & changes.keys()
+    return dict.fromkeys(lengths - asked) | changes if asked else changes
+
 def load_study(
     name: str,
     **changes,  # fields of RunSpec (a list or 'a,b' makes an axis) and `arms`; or the study's own parameters
@@ -184,7 +190,7 @@ def load_study(
     content = yaml.safe_load(study_path(name, ".yaml").read_text(encoding="utf-8"))
     study = Study(name, **content)
     known = parameter_names(study)
-    for parameter, value in changes.items():
+    for parameter, value in (changes if study.parameters else one_length(changes)).items():
         if parameter not in known: raise unknown(f"parameter of the study {name}", parameter, known)
         if study.parameters:
             default = study.parameters[parameter]

@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'FETCHED', 'seed_all', 'to_device', 'channels_last', 'l
            'cached_features', 'select', 'LabelledAnomalies', 'TrainingData', 'labelled_anomalies', 'load_training_data',
            'make_optimizer', 'set_rates', 'check_finite', 'train_step', 'has_bfloat16', 'warn_of_imitation',
            'LossTerms', 'save_checkpoint', 'load_checkpoint', 'History', 'RepeatableBatches', 'clean_batches',
-           'call_hook', 'train_epoch', 'train_epochs', 'train']
+           'call_hook', 'total_steps', 'train_epoch', 'train_epochs', 'train']
 
 # %% ../../nbs/running/53_training.ipynb #3901292d
 import csv, math, os, random, time, warnings
@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 from ..data.catalog import cache_dir
 from ..data.defects import Defects, Textures
-from ..data.loading import ImageDataset, batches, prefetched
+from ..data.loading import ImageDataset, batches, prefetched, steps_of_pass
 from ..errors import TrainingError
 from ..parts.feature_cache import FeatureCache, clean_features, open_feature_cache
 from .identity import ModelPlan, short_hash
@@ -206,9 +206,9 @@ def make_optimizer(detector, recipe):
     for group in optimizer.param_groups: group["start"] = group["lr"]
     return optimizer
 
-def set_rates(optimizer, recipe, epoch: int):
-    "Set the learning rates of an epoch: divided by ten for each fraction of `recipe.drops` that has passed."
-    passed = sum(epoch >= fraction*recipe.epochs for fraction in recipe.drops)
+def set_rates(optimizer, recipe, done: float):
+    "Set the rates where a share of all steps is done: a tenth for each fraction of `recipe.drops` passed."
+    passed = sum(done >= fraction for fraction in recipe.drops)
     for group in optimizer.param_groups: group["lr"] = group["start"] * 0.1**passed
 
 def check_finite(terms: dict, epoch: int, step: int):
@@ -337,6 +337,13 @@ def call_hook(detector, hook, *args):
     hook(*args)
 
 # %% ../../nbs/running/53_training.ipynb #2fb463c3
+def total_steps(
+    recipe,
+    images: int,   # of the training
+) -> int:
+    "How many optimizer steps a training has; the last pass over the images may be cut short."
+    return recipe.steps or recipe.epochs*steps_of_pass(images, recipe.batch)
+
 def train_epoch(
     detector,
     data: TrainingData,
@@ -348,14 +355,15 @@ def train_epoch(
     runtime: Runtime,
     losses: LossTerms,
 ):
-    "Take all steps of one epoch; raises `TrainingError` (`check_finite`)."
-    steps = -(-len(data.images)//recipe.batch)
+    "Take the steps of one epoch that are left; raises `TrainingError` (`check_finite`)."
+    total, first = total_steps(recipe, len(data.images)), epoch*steps_of_pass(len(data.images), recipe.batch)
     anomalies = data.labelled.random_batches(recipe.batch, seed, epoch) if data.labelled else None
-    for i, batch in enumerate(feed(detector, data.images, recipe.batch, runtime, data.cache, seed, epoch)):
+    fed = feed(detector, data.images, recipe.batch, runtime, data.cache, seed, epoch)
+    for step, batch in zip(range(first, total), fed):
         if anomalies: batch["labelled"] = next(anomalies)
-        step = epoch*steps + i
+        set_rates(optimizer, recipe, step/total)
         losses.add(epoch, step, train_step(detector, batch, optimizer, recipe, precision))
-        runtime.progress("train", step + 1, recipe.epochs*steps)
+        runtime.progress("train", step + 1, total)
     losses.fetch()
 
 # %% ../../nbs/running/53_training.ipynb #c0558939
@@ -365,13 +373,13 @@ def train_epochs(detector, data, recipe, runtime, clean, seed, precision, folder
     done = load_checkpoint(folder/"checkpoint.pt", detector, optimizer) if folder else 0
     losses = LossTerms(History(folder/"history.csv", done).add if folder else lambda *step: None)
     saved = time.monotonic()
-    for epoch in range(done, recipe.epochs):
+    epochs = -(-total_steps(recipe, len(data.images))//steps_of_pass(len(data.images), recipe.batch))
+    for epoch in range(done, epochs):
         seed_all(seed, epoch + 1)
-        set_rates(optimizer, recipe, epoch)
         detector.train()
         train_epoch(detector, data, optimizer, recipe, seed, epoch, precision, runtime, losses)
         call_hook(detector, detector.on_epoch, epoch, clean)
-        last = epoch + 1 == recipe.epochs
+        last = epoch + 1 == epochs
         due = save_last if last else time.monotonic() - saved >= save_every
         if folder and due:
             save_checkpoint(folder/"checkpoint.pt", detector, optimizer, epoch + 1)

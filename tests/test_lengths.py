@@ -1,0 +1,155 @@
+"Trainings whose length is given in steps, and the rule that says when a training is long enough."
+from dataclasses import replace
+from types import SimpleNamespace
+import pandas as pd
+import pytest
+from conftest import small_spec
+from mdd_bench.data.loading import ImageDataset, batches, steps_of_pass
+from mdd_bench.errors import SpecError
+from mdd_bench.reporting.lengths import (
+    converged_steps, last_thirds, learning_curve, lengths_markdown, lengths_table, scores_by_length,
+)
+from mdd_bench.reporting.tables import caption, summary, to_markdown
+from mdd_bench.running.identity import resolve
+from mdd_bench.running.run import run
+from mdd_bench.running.spec import make_spec
+from mdd_bench.running.study import load_study
+
+# --- steps
+
+@pytest.mark.parametrize("images", [1, 7, 8, 9, 16, 17, 18])
+def test_a_pass_has_as_many_steps_as_its_loader_gives(images, tmp_path):
+    table = pd.DataFrame(dict(path=["x.png"]*images, cls=["a"]*images))
+    rows = ImageDataset(tmp_path, table, 16, ["a"], images=False)
+    assert steps_of_pass(images, 8) == len(list(batches(rows, 8, epoch=0)))
+
+def batches_of(spec):
+    "How many optimizer steps a pass over the training images of a spec has."
+    resolved = resolve(spec)
+    return steps_of_pass(len(resolved.dataset.catalog.part(split="train")), resolved.recipe.batch)
+
+def test_steps_of_whole_passes_are_the_bits_of_as_many_epochs(tmp_path):
+    spec = small_spec(epochs=3, batch=4)
+    steps = 3*batches_of(spec)
+    by_epochs, by_steps = run(spec, tmp_path), run(replace(spec, epochs=None, steps=steps), tmp_path)
+    assert by_steps.metrics == by_epochs.metrics and by_steps.history().equals(by_epochs.history())
+    assert by_epochs.provenance["steps"] == by_steps.provenance["steps"] == steps
+    assert by_epochs.spec["epochs"] == 3 and by_epochs.spec["steps"] is None
+    assert by_steps.spec["epochs"] is None and by_steps.spec["steps"] == steps
+
+def test_the_last_pass_is_cut_short_and_its_hook_is_called(tmp_path, monkeypatch):
+    from mdd_bench.detectors.rd4ad import RD4AD
+    epochs = []
+    monkeypatch.setattr(RD4AD, "on_epoch", lambda self, epoch, batches: epochs.append(epoch))
+    spec = small_spec(batch=4, epochs=None)
+    steps = batches_of(spec) + 1
+    record = run(replace(spec, steps=steps), tmp_path)
+    assert epochs == [0, 1]
+    assert record.history().step.tolist() == list(range(steps))
+    assert record.history().epoch.tolist() == [0]*(steps - 1) + [1]
+
+def test_the_rate_falls_at_a_fraction_of_the_steps(tmp_path, monkeypatch):
+    from mdd_bench.running import training
+    rates, plain = [], training.train_step
+    def train_step(detector, batch, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return plain(detector, batch, optimizer, *rest)
+    monkeypatch.setattr(training, "train_step", train_step)
+    run(small_spec(batch=4, epochs=None, steps=10), tmp_path)
+    assert rates == pytest.approx([5e-3]*8 + [5e-4]*2)      # RD4AD's recipe falls at 80%
+
+def test_steps_count_for_each_model_of_a_separate_run(tmp_path):
+    record = run(small_spec(setting="separate", epochs=None, steps=3, batch=4), tmp_path)
+    assert [model["steps"] for model in record.provenance["models"].values()] == [3, 3]
+    assert "Trained for 3 steps;" in caption([record])
+
+def test_a_method_with_nothing_to_train_takes_no_steps(tmp_path):
+    spec = small_spec(detector="patchcore", epochs=None)
+    assert resolve(replace(spec, steps=5)).run_id == resolve(spec).run_id
+    record = run(replace(spec, steps=5), tmp_path)
+    assert record.provenance["steps"] == 0 and "Trained for nothing;" in caption([record])
+
+def test_one_length_only():
+    with pytest.raises(SpecError, match="epochs=3 and steps=5. set one of them to none"):
+        make_spec(epochs=3, steps=5)
+
+@pytest.mark.parametrize("changes, lengths", [
+    (dict(steps=50), {(None, 50)}),
+    (dict(steps="50,100"), {(None, 50), (None, 100)}),
+    (dict(epochs=2), {(2, None)}),
+    (dict(epochs=None, steps=50), {(None, 50)}),
+    ({}, {(5, None)}),
+])
+def test_steps_take_the_place_of_a_studys_epochs(changes, lengths):
+    specs = load_study("benchmark", **changes).specs()
+    assert {(spec.epochs, spec.steps) for spec in specs} == lengths
+
+def test_epochs_take_the_place_of_a_studys_steps():
+    assert {(s.epochs, s.steps) for s in load_study("lengths", epochs=2).specs()} == {(2, None)}
+
+# --- trainings that were too short
+
+@pytest.mark.parametrize("setting", ["unified", "separate"])
+def test_a_row_that_has_not_converged_is_marked(tmp_path, setting):
+    record = run(small_spec(setting=setting, epochs=None, steps=3, batch=4), tmp_path)
+    assert "†" not in to_markdown(summary([record])) + caption([record])
+    facts = record.provenance["models"]["gear"] if setting == "separate" else record.provenance
+    facts["converged_steps"] = 3
+    assert "†" not in to_markdown(summary([record])) + caption([record])
+    facts["converged_steps"] = 100
+    assert "| rd4ad † |" in to_markdown(summary([record]))
+    assert "† Not converged: rd4ad (3 of 100 steps)." in caption([record])
+
+def test_a_record_says_what_its_recipe_needs(tmp_path, monkeypatch):
+    from mdd_bench.detectors.rd4ad import RD4AD
+    monkeypatch.setattr(RD4AD, "recipe", replace(RD4AD.recipe, converged=1000))
+    spec = small_spec(epochs=None, steps=2)
+    assert run(spec, tmp_path).provenance["converged_steps"] == 1000
+    monkeypatch.undo()
+    assert resolve(spec).run_id in [p.name for p in (tmp_path/"runs").iterdir()]   # it decides no number
+
+# --- the rule
+
+def record(steps, seed, score, detector="alpha"):
+    spec = dict(detector=detector, steps=steps, seed=seed, options={})
+    return SimpleNamespace(spec=spec, metrics={"exact": dict(mean=dict(mAD=score))})
+
+def scores(means, noise=.01):
+    "Scores of one detector: two seeds, `noise` above and below the mean at each length."
+    records = [record(n, seed, m + sign*noise) for n, m in means.items() for seed, sign in ((0, 1), (1, -1))]
+    return scores_by_length(records).loc["alpha"]
+
+STAYS = {100: .4, 150: .6, 225: .7, 300: .7, 450: .705}
+
+def test_it_has_converged_where_the_last_third_moves_less_than_the_seeds():
+    table = last_thirds(scores(STAYS))
+    assert table["flat"].tolist() == [False, False, False, False, True]
+    assert table.moved[150] == pytest.approx(.2)
+    assert table.moved[300] == pytest.approx(.7 - (.6 + .1*50/75))     # 200 lies between 150 and 225
+    assert table.spread.tolist() == pytest.approx([.01*2**.5]*5)
+    assert converged_steps(scores(STAYS)) == 450
+
+def test_a_curve_that_still_rises_or_falls_back_has_not_converged():
+    assert converged_steps(scores({100: .4, 150: .5, 225: .6})) is None
+    assert converged_steps(scores(STAYS | {675: .6})) is None
+    assert converged_steps(scores(STAYS | {675: .6, 1000: .6})) == 1000
+
+def test_a_single_seed_says_nothing():
+    single = scores_by_length([record(n, 0, m) for n, m in STAYS.items()]).loc["alpha"]
+    with pytest.raises(SpecError, match="every length has a single seed"): converged_steps(single)
+
+def test_records_whose_length_is_in_epochs_are_refused():
+    with pytest.raises(SpecError, match="alpha has no steps"): scores_by_length([record(None, 0, .5)])
+
+def test_the_table_and_the_picture_say_where_it_has_converged():
+    rising = {100: .4, 150: .5, 225: .6, 300: .7, 450: .8}
+    records = [record(n, seed, m + sign*.01, name) for name, means in (("alpha", STAYS), ("beta", rising))
+               for n, m in means.items() for seed, sign in ((0, 1), (1, -1))]
+    table = lengths_table(scores_by_length(records))
+    lines = lengths_markdown(table).splitlines()
+    assert lines[0] == "| detector | 100 | 150 | 225 | 300 | 450 | spread | converged |"
+    assert lines[2] == "| alpha | 40.0 | 60.0 | 70.0 | 70.0 | 70.5 | 1.4 | 450 |"
+    assert lines[3].endswith("| 1.4 | - |")
+    axes, = learning_curve(scores_by_length(records)).axes
+    rings = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in rings] == [450]
