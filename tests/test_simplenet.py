@@ -206,8 +206,8 @@ def test_rates_of_the_two_groups_and_every_parameter_once(backbone):
     for name, parameter in parameters.items():
         assert rates[id(parameter)] == ((1e-4, 1e-2) if name.startswith("adaptor") else (2e-4, 1e-5))
     assert type(optimizer) is torch.optim.AdamW
-    for epoch, factor in ((0, 1), (79, 1), (80, .1), (99, .1)):
-        set_rates(optimizer, detector.recipe, epoch)
+    for done, factor in ((0, 1), (.79, 1), (.8, .1), (.99, .1)):
+        set_rates(optimizer, detector.recipe, done)
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([2e-4*factor, 1e-4*factor])
 
 def test_the_recipe():
