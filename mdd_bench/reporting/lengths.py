@@ -27,7 +27,8 @@ def scores_by_length(
             raise SpecError(problem, "give its length as -p steps=...")
         score = record.metrics[protocol]["mean"][metric]
         rows.append(dict(detector=spec["detector"], steps=spec["steps"], seed=spec["seed"], score=score))
-    return pd.DataFrame(rows).pivot(index=["detector", "steps"], columns="seed", values="score")
+    table = pd.DataFrame(rows).pivot(index=["detector", "steps"], columns="seed", values="score")
+    return table.reindex(dict.fromkeys(row["detector"] for row in rows), level="detector")
 
 # %% ../../nbs/reporting/63a_lengths.ipynb #f2768d05
 def pooled_deviation(
@@ -83,12 +84,13 @@ def lengths_markdown(
 
 # %% ../../nbs/reporting/63a_lengths.ipynb #df9b2f7f
 def learning_curve(
-    scores: pd.DataFrame,  # of `scores_by_length`
-    metric: str = "mAD",   # for the axis
-):                         # the Figure
+    scores: pd.DataFrame,       # of `scores_by_length`
+    metric: str = "mAD",        # for the axis
+    palette: dict|None = None,  # {detector: colour}; None: `colours`
+):                              # the Figure
     "Mean over seeds against the steps of the training, with a ring at the converged length."
     detectors = scores.index.unique("detector")
-    palette = colours(detectors)
+    palette = palette or colours(detectors)
     with style() as plt:
         fig, ax = plt.subplots(figsize=(3.4, 2.2))
         for name in detectors:
