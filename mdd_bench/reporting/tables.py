@@ -217,10 +217,12 @@ def _average_over_seeds(
     return pd.DataFrame(rows).set_index(arm_columns(by))
 
 # %% ../../nbs/reporting/61_tables.ipynb #1d9d1c76
-def _steps(record):
-    "The optimizer steps that a record says it took, a list: one number for each model."
+def _facts(record, name):
+    "What a record says of each of its models under a name, a list without repetitions."
     models = record.provenance.get("models", {}).values() or [record.provenance]
-    return list(dict.fromkeys(model["steps"] for model in models if "steps" in model))
+    return list(dict.fromkeys(model[name] for model in models if model.get(name) is not None))
+
+def _steps(record): return _facts(record, "steps")
 
 def not_converged(
     records,                         # comparable Records
@@ -230,8 +232,7 @@ def not_converged(
     short = {}
     for arm in arms(records, by):
         for record in arm.records:
-            models = record.provenance.get("models", {}).values() or [record.provenance]
-            needed = max(model.get("converged_steps") or 0 for model in models)
+            needed = max(_facts(record, "converged_steps"), default=0)
             taken = min(_steps(record), default=needed)
             values = tuple(arm.values.values())
             if taken < needed:
