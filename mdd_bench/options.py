@@ -140,7 +140,7 @@ def typed_value(
     convert = declared.own_convert or converter(declared.type)
     try: return convert(value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        other = "true or false" if declared.type is bool else "values as 'a,b'"
+        other = {bool: "true or false", dict: "values as 'a=1,b=2'"}.get(declared.type, "values as 'a,b'")
         wanted = describe_range(declared) if declared.type in (int, float) else other
         raise SpecError(f"{declared.name}={value!r}", f"give {wanted}: {declared.help}") from None
 

@@ -1,10 +1,12 @@
 "Trainings whose length is given in steps, and the rule that says when a training is long enough."
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 import pandas as pd
-import pytest
+import pytest, torch
 from conftest import small_spec
 from mdd_bench.data.loading import ImageDataset, batches, steps_of_pass
+from mdd_bench.detectors.rd4ad import RD4AD
 from mdd_bench.errors import SpecError
 from mdd_bench.reporting.lengths import (
     converged_steps, last_thirds, learning_curve, lengths_markdown, lengths_table, scores_by_length,
@@ -14,6 +16,7 @@ from mdd_bench.running.identity import resolve
 from mdd_bench.running.run import run
 from mdd_bench.running.spec import make_spec
 from mdd_bench.running.study import load_study
+from mdd_bench.running.training import rate_factor, set_rates
 
 # --- steps
 
@@ -38,7 +41,6 @@ def test_steps_of_whole_passes_are_the_bits_of_as_many_epochs(tmp_path):
     assert by_steps.spec["epochs"] is None and by_steps.spec["steps"] == steps
 
 def test_the_last_pass_is_cut_short_and_its_hook_is_called(tmp_path, monkeypatch):
-    from mdd_bench.detectors.rd4ad import RD4AD
     epochs = []
     monkeypatch.setattr(RD4AD, "on_epoch", lambda self, epoch, batches: epochs.append(epoch))
     spec = small_spec(batch=4, epochs=None)
@@ -57,6 +59,21 @@ def test_the_rate_falls_at_a_fraction_of_the_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train_step", train_step)
     run(small_spec(batch=4, epochs=None, steps=10), tmp_path)
     assert rates == pytest.approx([5e-3]*8 + [5e-4]*2)      # RD4AD's recipe falls at 80%
+
+def test_rates_warm_up_and_follow_half_a_cosine():
+    recipe = replace(RD4AD.recipe, drops=(), warmup=.25, cosine=True)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=2.)
+    optimizer.param_groups[0]["start"] = 2.
+    rates = []
+    for done in (0, .125, .25, .4375, .625, .8125):
+        set_rates(optimizer, recipe, done)
+        rates.append(optimizer.param_groups[0]["lr"])
+    falling = [1 + math.cos(math.pi*share) for share in (0, .25, .5, .75)]
+    assert rates == pytest.approx([0, 1, *falling])
+
+def test_a_warm_up_leaves_the_drops_where_they_are():
+    recipe = replace(RD4AD.recipe, drops=(.5, .8), warmup=.1)
+    assert [rate_factor(recipe, done) for done in (.05, .1, .5, .8)] == pytest.approx([.5, 1, .1, .01])
 
 def test_steps_count_for_each_model_of_a_separate_run(tmp_path):
     record = run(small_spec(setting="separate", epochs=None, steps=3, batch=4), tmp_path)
@@ -101,7 +118,6 @@ def test_a_row_that_has_not_converged_is_marked(tmp_path, setting):
     assert "† Not converged: rd4ad (3 of 100 steps)." in caption([record])
 
 def test_a_record_says_what_its_recipe_needs(tmp_path, monkeypatch):
-    from mdd_bench.detectors.rd4ad import RD4AD
     monkeypatch.setattr(RD4AD, "recipe", replace(RD4AD.recipe, converged=1000))
     spec = small_spec(epochs=None, steps=2)
     assert run(spec, tmp_path).provenance["converged_steps"] == 1000

@@ -702,6 +702,8 @@ def test_arms_by_name():
 def test_unknown_arms():
     with pytest.raises(SpecError, match="unknown arm of the study decoders 'TRI'.*'TR'"):
         load_study("decoders", arms="TRI")
+    with pytest.raises(SpecError, match="options='decoder:light'.*'a=1,b=2'"):
+        load_study("decoders", options="decoder:light")
     with pytest.raises(SpecError, match="arms"):
         load_study("benchmark", arms="TR")
 

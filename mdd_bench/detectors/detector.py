@@ -40,6 +40,8 @@ class Recipe:
     betas: tuple = (0.9, 0.999)           # of the optimizer
     weight_decay: float = 0.
     drops: tuple = ()                     # fractions of the training after which lr is multiplied by 0.1
+    warmup: float = 0.                    # fraction of the training in which lr rises from 0
+    cosine: bool = False                  # after the warm-up, lr falls to 0 along half a cosine as well
     clip: float | None = None             # largest gradient norm
     backbone: str = "wide_resnet50_2"     # a timm model
     strides: tuple = (4, 8, 16)           # of the feature levels: pixels of the image for one position

@@ -16,7 +16,7 @@ import yaml
 import mdd_bench
 from ..detectors.detector import detector_class
 from ..errors import SpecError, unknown
-from ..options import Option, as_dict, as_int, as_list, converter, option, parse_value
+from ..options import Option, as_dict, as_int, as_list, converter, option, parse_value, typed_value
 from .identity import resolve
 from .spec import RunSpec, make_spec, spec_options
 
@@ -164,7 +164,7 @@ def set_parameter(
         study.arms = choose_arms(study, value)
         return
     declared = spec_options()[name]
-    values = [as_dict(value)] if name == "options" else axis_values(declared, value)
+    values = [typed_value(declared, value)] if name == "options" else axis_values(declared, value)
     if name not in study.grid and len(values) == 1: study.base[name] = values[0]
     else:
         study.grid[name] = values

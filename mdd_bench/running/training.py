@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'FETCHED', 'seed_all', 'to_device', 'channels_last', 'loaded_batches', 'feed', 'store_folder',
            'cached_features', 'select', 'LabelledAnomalies', 'TrainingData', 'labelled_anomalies', 'load_training_data',
-           'make_optimizer', 'set_rates', 'check_finite', 'train_step', 'has_bfloat16', 'warn_of_imitation',
-           'LossTerms', 'save_checkpoint', 'load_checkpoint', 'History', 'RepeatableBatches', 'clean_batches',
-           'call_hook', 'total_steps', 'train_epoch', 'train_epochs', 'train']
+           'make_optimizer', 'rate_factor', 'set_rates', 'check_finite', 'train_step', 'has_bfloat16',
+           'warn_of_imitation', 'LossTerms', 'save_checkpoint', 'load_checkpoint', 'History', 'RepeatableBatches',
+           'clean_batches', 'call_hook', 'total_steps', 'train_epoch', 'train_epochs', 'train']
 
 # %% ../../nbs/running/53_training.ipynb #3901292d
 import csv, math, os, random, time, warnings
@@ -206,10 +206,19 @@ def make_optimizer(detector, recipe):
     for group in optimizer.param_groups: group["start"] = group["lr"]
     return optimizer
 
+def rate_factor(
+    recipe,       # a detector's `Recipe`
+    done: float,  # share of all steps that is done, 0 up to but not 1
+) -> float:       # from 0 to 1
+    "What the starting rates are multiplied with: a warm-up, then a tenth for each drop passed, and a cosine."
+    if done < recipe.warmup: return done/recipe.warmup
+    factor = 0.1**sum(done >= fraction for fraction in recipe.drops)
+    if recipe.cosine: factor *= (1 + math.cos(math.pi*(done - recipe.warmup)/(1 - recipe.warmup)))/2
+    return factor
+
 def set_rates(optimizer, recipe, done: float):
-    "Set the rates where a share of all steps is done: a tenth for each fraction of `recipe.drops` passed."
-    passed = sum(done >= fraction for fraction in recipe.drops)
-    for group in optimizer.param_groups: group["lr"] = group["start"] * 0.1**passed
+    "Set the rates of all groups where a share of all steps is done."
+    for group in optimizer.param_groups: group["lr"] = group["start"]*rate_factor(recipe, done)
 
 def check_finite(terms: dict, epoch: int, step: int):
     "Raise `TrainingError` naming the first loss term that is not finite."

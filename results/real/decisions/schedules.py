@@ -13,3 +13,15 @@ class Adam1(RD4AD):
 class AdamW2(RD4AD):
     "AdamW at 0.002 with decay 1e-4 and clipping at 1."
     recipe = replace(RD4AD.recipe, optimizer="adamw", lr=2e-3, weight_decay=1e-4, clip=1.)
+
+class Cosine5(RD4AD):
+    "Adam at 0.005, a warm-up of 5%, then half a cosine."
+    recipe = replace(RD4AD.recipe, drops=(), warmup=.05, cosine=True)
+
+class Cosine2(RD4AD):
+    "Adam at 0.002, a warm-up of 5%, then half a cosine."
+    recipe = replace(RD4AD.recipe, lr=2e-3, drops=(), warmup=.05, cosine=True)
+
+class Clipped5(RD4AD):
+    "The recipe with a warm-up of 5% and gradients clipped at 1."
+    recipe = replace(RD4AD.recipe, warmup=.05, clip=1.)
