@@ -59,6 +59,8 @@ MAPS = {
     "TR + RI normal": dict(fusion="sum", scale="normal"),
 }
 
+READS = {"none": {}, "concat": MEMORY, "replace": MEMORY | dict(read="replace")}   # with 32 prototypes
+
 def questions(records) -> list[str]:
     "All questions, in the order of the plan."
     schedules = {"Adam .005 (recipe)": "rd4ad", "Adam .002": "schedules.py:Adam2", "Adam .001": "schedules.py:Adam1",
@@ -69,6 +71,7 @@ def questions(records) -> list[str]:
         question(records, "Schedule of RD4AD", schedules, "Adam .005 (recipe)", 1150),
         question(records, "More schedules of RD4AD", curved, "recipe"),
         question(records, "Fusion and scale", MAPS, "TR + RI", base=UNDECIDED),
+        question(records, "Class-aware memory: read", READS, "concat", base=UNDECIDED | dict(scale="normal")),
     ]
 
 if __name__ == "__main__":
