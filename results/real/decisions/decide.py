@@ -72,6 +72,8 @@ def questions(records) -> list[str]:
         question(records, "More schedules of RD4AD", curved, "recipe"),
         question(records, "Fusion and scale", MAPS, "TR + RI", base=UNDECIDED),
         question(records, "Class-aware memory: read", READS, "concat", base=UNDECIDED | dict(scale="normal")),
+        question(records, "Light decoder, without memory", dict(mirror={}, light=dict(decoder="light")), "mirror",
+                 base=UNDECIDED | dict(scale="normal")),
     ]
 
 if __name__ == "__main__":
