@@ -35,8 +35,8 @@ def question(records, title: str, arms: dict, reference: str, steps=STEPS, base=
     "The table of one question in Markdown, with its answer; the reference stands where no arm is clearly above."
     tables = {}
     for name, arm in arms.items():
-        detector, options = (arm, {}) if isinstance(arm, str) else ("mddnet", (base or {}) | arm)
-        table = scores_of(records, detector, steps, options)
+        arm = dict(detector=arm) if isinstance(arm, str) else dict(detector="mddnet") | (base or {}) | arm
+        table = scores_of(records, arm.pop("detector"), steps, arm)
         if len(table): tables[name] = table
     if reference not in tables: return f"## {title}\n\nNot run yet.\n"
     seeds = pd.DataFrame({name: table.mAD for name, table in tables.items()}).T
@@ -61,6 +61,10 @@ MAPS = {
 
 READS = {"none": {}, "concat": MEMORY, "replace": MEMORY | dict(read="replace")}   # with 32 prototypes
 
+LIGHT = dict(decoder="light", scale="normal")
+LIGHTS = {"light": {}, "two depthwise paths": dict(detector="lights.py:Deep"),
+          "one dense path": dict(detector="lights.py:Dense")}
+
 def questions(records) -> list[str]:
     "All questions, in the order of the plan."
     schedules = {"Adam .005 (recipe)": "rd4ad", "Adam .002": "schedules.py:Adam2", "Adam .001": "schedules.py:Adam1",
@@ -74,6 +78,7 @@ def questions(records) -> list[str]:
         question(records, "Class-aware memory: read", READS, "concat", base=UNDECIDED | dict(scale="normal")),
         question(records, "Light decoder, without memory", dict(mirror={}, light=dict(decoder="light")), "mirror",
                  base=UNDECIDED | dict(scale="normal")),
+        question(records, "Stronger light decoders, without memory", LIGHTS, "light", base=UNDECIDED | LIGHT),
     ]
 
 if __name__ == "__main__":
