@@ -63,7 +63,8 @@ READS = {"none": {}, "concat": MEMORY, "replace": MEMORY | dict(read="replace")}
 
 LIGHT = dict(decoder="light", scale="normal")
 LIGHTS = {"light": {}, "two depthwise paths": dict(detector="lights.py:Deep"),
-          "one dense path": dict(detector="lights.py:Dense")}
+          "one dense path": dict(detector="lights.py:Dense"),
+          "dense bottleneck too": dict(detector="lights.py:Whole")}
 
 def questions(records) -> list[str]:
     "All questions, in the order of the plan."

@@ -1,4 +1,4 @@
-"""MDD-Net with other light decoders, for `mdd_bench sweep benchmark -p detector=lights.py:Deep,lights.py:Dense`."""
+"""MDD-Net with other light decoders, for `mdd_bench sweep benchmark -p detector=lights.py:Deep,lights.py:Dense,lights.py:Whole`."""
 from torch import nn
 from mdd_bench.detectors.mddnet import MDDNet
 from mdd_bench.parts.decoders import PAIRS, Decoder, LightBottleneck, conv_norm, init_convolutions, resample
@@ -38,12 +38,28 @@ class OtherDecoder(nn.Module):
 class DeepDecoder(OtherDecoder): number = 2
 class DenseDecoder(OtherDecoder): dense = True
 
+def dense_fusion_path(channels, strides, level):
+    "A level to the last level's width and resolution, with dense convolutions."
+    layers = []
+    for k in range(level, len(channels) - 1):
+        layers += [*conv_norm(channels[k], channels[k + 1], 3, strides[k + 1]//strides[k]), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+class DenseBottleneck(LightBottleneck):
+    "The light bottleneck with a dense path in its block and dense convolutions before it."
+    def __init__(self, backbone):
+        super().__init__(backbone)
+        channels, strides = backbone.channels, backbone.strides
+        self.fuse = nn.ModuleList(dense_fusion_path(channels, strides, i) for i in range(len(channels)))
+        self.embed[-1] = OtherBlock(len(channels)*channels[-1], self.dim, 1, True, 1, True)
+        init_convolutions(self)
+
 class Other(MDDNet):
     "MDD-Net whose light decoder is another one."
-    replacement = None
+    bottleneck_type, replacement = LightBottleneck, None
 
     def __init__(self, backbone, classes=1, **options):
-        before, PAIRS["light"] = PAIRS["light"], (LightBottleneck, self.replacement)
+        before, PAIRS["light"] = PAIRS["light"], (self.bottleneck_type, self.replacement)
         try: super().__init__(backbone, classes, **options)
         finally: PAIRS["light"] = before
 
@@ -54,3 +70,7 @@ class Deep(Other):
 class Dense(Other):
     "One path with a dense 3x3 convolution at each level."
     replacement = DenseDecoder
+
+class Whole(Other):
+    "Dense convolutions in the bottleneck too."
+    bottleneck_type, replacement = DenseBottleneck, DenseDecoder
