@@ -137,18 +137,23 @@ def scores(means, noise=.01):
 
 STAYS = {100: .4, 150: .6, 225: .7, 300: .7, 450: .705}
 
-def test_it_has_converged_where_the_last_third_moves_less_than_the_seeds():
+def test_it_has_converged_where_the_last_third_gains_less_than_the_seeds_differ():
     table = last_thirds(scores(STAYS))
-    assert table["flat"].tolist() == [False, False, False, False, True]
-    assert table.moved[150] == pytest.approx(.2)
-    assert table.moved[300] == pytest.approx(.7 - (.6 + .1*50/75))     # 200 lies between 150 and 225
+    assert table["enough"].tolist() == [False, False, False, False, True]
+    assert table.gained[150] == pytest.approx(.2)
+    assert table.gained[300] == pytest.approx(.7 - (.6 + .1*50/75))     # 200 lies between 150 and 225
     assert table.spread.tolist() == pytest.approx([.01*2**.5]*5)
     assert converged_steps(scores(STAYS)) == 450
 
-def test_a_curve_that_still_rises_or_falls_back_has_not_converged():
+def test_a_curve_that_still_rises_has_not_converged():
     assert converged_steps(scores({100: .4, 150: .5, 225: .6})) is None
-    assert converged_steps(scores(STAYS | {675: .6})) is None
-    assert converged_steps(scores(STAYS | {675: .6, 1000: .6})) == 1000
+    assert converged_steps(scores(STAYS | {675: .8})) is None
+
+def test_a_curve_that_falls_back_had_converged_and_the_table_says_how_far_it_fell():
+    fallen = STAYS | {675: .6}
+    assert converged_steps(scores(fallen)) == 450
+    records = [record(n, seed, m + sign*.01) for n, m in fallen.items() for seed, sign in ((0, 1), (1, -1))]
+    assert lengths_table(scores_by_length(records)).fallen["alpha"] == pytest.approx(10.5)
 
 def test_a_single_seed_says_nothing():
     single = scores_by_length([record(n, 0, m) for n, m in STAYS.items()]).loc["alpha"]
@@ -163,9 +168,9 @@ def test_the_table_and_the_picture_say_where_it_has_converged():
                for n, m in means.items() for seed, sign in ((0, 1), (1, -1))]
     table = lengths_table(scores_by_length(records))
     lines = lengths_markdown(table).splitlines()
-    assert lines[0] == "| detector | 100 | 150 | 225 | 300 | 450 | spread | converged |"
-    assert lines[2] == "| alpha | 40.0 | 60.0 | 70.0 | 70.0 | 70.5 | 1.4 | 450 |"
-    assert lines[3].endswith("| 1.4 | - |")
+    assert lines[0] == "| detector | 100 | 150 | 225 | 300 | 450 | spread | fallen | converged |"
+    assert lines[2] == "| alpha | 40.0 | 60.0 | 70.0 | 70.0 | 70.5 | 1.4 | - | 450 |"
+    assert lines[3].endswith("| 1.4 | - | - |")
     axes, = learning_curve(scores_by_length(records)).axes
     rings = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in rings] == [450]

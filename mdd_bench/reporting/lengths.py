@@ -42,33 +42,35 @@ def pooled_deviation(
 
 def last_thirds(
     scores: pd.DataFrame,  # of one detector: index steps, a column for each seed
-) -> pd.DataFrame:         # index steps; columns mean, moved, spread, flat
-    "What the last third of each training moves the score, and whether that is less than the spread (ours)."
+) -> pd.DataFrame:         # index steps; columns mean, gained, spread, enough
+    "What the last third of each training gains, and whether that is less than the spread (ours)."
     means = scores.mean(axis=1).sort_index()
     steps = means.index.to_numpy(float)
     earlier = np.interp(2/3*steps, steps, means, left=np.nan)
-    table = pd.DataFrame(dict(mean=means, moved=means - earlier, spread=pooled_deviation(scores)))
-    return table.assign(flat=table.moved.abs() < table.spread)
+    table = pd.DataFrame(dict(mean=means, gained=means - earlier, spread=pooled_deviation(scores)))
+    return table.assign(enough=table.gained < table.spread)
 
 # %% ../../nbs/reporting/63a_lengths.ipynb #93ed1280
 def converged_steps(
     scores: pd.DataFrame,  # of one detector: index steps, a column for each seed
 ) -> int | None:
-    "The first length from which on every training is flat; None where the longest is not (ours)."
-    flat = last_thirds(scores)["flat"]
-    unbroken = flat[::-1].cummin()[::-1]
+    "The first length from which on every training is long enough; None where the longest is not (ours)."
+    enough = last_thirds(scores)["enough"]
+    unbroken = enough[::-1].cummin()[::-1]
     return int(unbroken.idxmax()) if unbroken.any() else None
 
 def lengths_table(
     scores: pd.DataFrame,  # of `scores_by_length`
 ) -> pd.DataFrame:         # rows: detectors; columns: a length each, then the rule's answer
-    "The mean score of every detector at every length in percent, and where it has converged."
+    "Mean scores in percent; the spread, how far a score fell back if by more, and where it has converged."
     means = (100*scores.mean(axis=1)).unstack("steps")
     detectors = scores.index.unique("detector")
     converged = {name: converged_steps(scores.loc[name]) for name in detectors}
     spread = {name: 100*pooled_deviation(scores.loc[name]) for name in detectors}
-    answers = dict(spread=pd.Series(spread), converged=pd.Series(converged, dtype="Int64"))
-    return means.loc[detectors].assign(**answers)
+    means = means.loc[detectors]
+    fallen = means.max(axis=1) - means.ffill(axis=1).iloc[:, -1]
+    spread, converged = pd.Series(spread), pd.Series(converged, dtype="Int64")
+    return means.assign(spread=spread, fallen=fallen.where(fallen > spread), converged=converged)
 
 # %% ../../nbs/reporting/63a_lengths.ipynb #eed9b6cf
 def lengths_markdown(
@@ -97,7 +99,7 @@ def learning_curve(
             _draw_lengths(ax, name, 100*scores.loc[name].sort_index(), palette[name])
         steps = scores.index.unique("steps").sort_values()
         ax.set(xscale="log", xlabel="optimizer steps", ylabel=f"{metric}, percent")
-        ax.set_xticks(steps, steps)
+        ax.set_xticks(steps, steps, rotation=45)
         ax.minorticks_off()
         fig.legend(loc="outside center right", handlelength=1.4)
     plt.close(fig)
