@@ -414,7 +414,7 @@ def test_a_broken_package_is_an_error_when_it_is_asked_for(cli, packages, tmp_pa
 def test_a_broken_package_disturbs_nobody_else(packages):
     assert "broken" in list_detectors() and detector_class("rd4ad").name == "rd4ad"
     with pytest.raises(SpecError, match="unknown detector 'mddnett'"): detector_class("mddnett")
-    assert list_detectors(needs="labelled") == ["bgad", "dmad"]
+    assert list_detectors(needs="labelled") == ["bgad", "dmad", "dmad_released"]
 
 def test_a_broken_package_is_named_in_the_list(cli, packages):
     code, out, err = cli("detectors")

@@ -72,7 +72,7 @@ class Detector(TrainingHooks):
     name = "detector"         # set by `register`
     revision = 1              # raised whenever the method's numbers, or the meaning of a default, change
     recipe = Recipe()         # its documented training and features
-    needs = frozenset()       # "image", "pairs", "cls", "labelled", "textures"
+    needs = frozenset()       # "image", "pairs", "cls", "labelled", "turned", "textures"
     defects = None            # with "pairs" and "textures": keywords of mdd_bench.data.defects.Defects
     verified = None           # the published numbers that ours were found to agree with; None: not compared
 
@@ -216,7 +216,7 @@ def describe_detector(name: str) -> list[str]:
     "A detector in words: its summary, then a line for each option."
     cls = detector_class(name)
     summary = (cls.__doc__ or "").strip().partition("\n")[0]
-    lines = [f"{name:12s} {summary}"]
+    lines = [f"{name:14s} {summary}"]
     for o in declared_options(cls).values():
         values = f"{describe_values(o)}; {o.help}" if o.help else describe_values(o)
         lines.append(f"    --option {f'{o.name}={o.default}':30s} {values}")

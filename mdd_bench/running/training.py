@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 from ..data.catalog import cache_dir
 from ..data.defects import Defects, Textures
-from ..data.loading import ImageDataset, batches, prefetched, steps_of_pass
+from ..data.loading import TURNS, ImageDataset, batches, prefetched, steps_of_pass
 from ..errors import TrainingError
 from ..parts.feature_cache import FeatureCache, clean_features, open_feature_cache
 from .identity import ModelPlan, short_hash
@@ -172,7 +172,9 @@ def labelled_anomalies(
 ) -> LabelledAnomalies | None:
     "The labelled anomalies of a model's classes, or None where there are none."
     catalog, batch, size = plan.dataset.catalog, plan.resolved.recipe.batch, plan.resolved.spec.size
-    images = ImageDataset(catalog.root, catalog.part(split="labelled"), size, catalog.classes, masks=True)
+    turns = TURNS if "turned" in detector.needs else 1
+    table = catalog.part(split="labelled")
+    images = ImageDataset(catalog.root, table, size, catalog.classes, masks=True, turns=turns)
     if not len(images): return None
     cache = cached_features(detector.backbone, images, plan.dataset.fingerprint, batch, runtime)
     return LabelledAnomalies(detector, images, batch, runtime, cache)
