@@ -221,6 +221,12 @@ def test_one_labelled_image_in_all_is_enough(backbone):
     assert set(terms) == {"normal", "fake", "normal_both", "labelled"}
     assert all(term.isfinite() for term in terms.values())
 
+def test_a_bank_of_one_row_is_enough(backbone):
+    detector, normal, anomalies = make(backbone, coreset_ratio=1e-9)
+    assert len(detector.banks["normal"].rows) == 1
+    terms = detector.losses(normal[0] | dict(labelled=anomalies))
+    assert all(term.isfinite() for term in terms.values())
+
 def test_without_labels_the_second_expert_is_silent_and_nothing_is_looked_up_for_it(backbone):
     detector, normal, _ = make(backbone, labels=0)
     assert detector.weight == 0 and len(detector.banks["abnormal"].rows) == 0

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TERMS', 'LEAST', 'MOST', 'CLEAN', 'NORMAL', 'LABELLED', 'CORRECTION', 'HALF', 'Found', 'compare', 'look_up',
            'stacked', 'Knowledge', 'Expert', 'DMADNetwork', 'fake_anomalies', 'clean_rows', 'LabelledPool',
-           'labelled_pool', 'varied', 'leave_one_out', 'draw_normal', 'with_clean', 'Drawn', 'draw_step', 'contrast',
-           'step_losses', 'DMADOptions', 'fill_abnormal_bank', 'second_weight', 'Bank', 'DMADBanks', 'Scores',
-           'score_parts', 'score_patches', 'DMAD']
+           'labelled_pool', 'deviation_of', 'varied', 'leave_one_out', 'draw_normal', 'with_clean', 'Drawn',
+           'draw_step', 'contrast', 'step_losses', 'DMADOptions', 'fill_abnormal_bank', 'second_weight', 'Bank',
+           'DMADBanks', 'Scores', 'score_parts', 'score_patches', 'DMAD']
 
 # %% ../../nbs/detectors/26b_dmad.ipynb #2b0fa0e4
 from typing import NamedTuple
@@ -188,6 +188,12 @@ def labelled_pool(
     return LabelledPool(anomalous, difference, chance, clean)
 
 # %% ../../nbs/detectors/26b_dmad.ipynb #4ef54188
+def deviation_of(
+    rows,  # [M, D] of a bank
+):         # [D]
+    "Return the deviation of each channel; 0 for a bank of one row."
+    return rows.std(0, correction=int(len(rows) > 1))
+
 def varied(
     pool: LabelledPool,
     n: int,     # how many
@@ -266,7 +272,7 @@ def draw_step(
     labelled = normal[:0]
     if pool is not None:
         normal, found = with_clean(normal, found, pool.clean, bank.rows, k)
-        labelled = varied(pool, LABELLED, normal, bank.rows.std(0))
+        labelled = varied(pool, LABELLED, normal, deviation_of(bank.rows))
     fake = fake_anomalies(normal, found.difference)
     rest = look_up(bank.rows, torch.cat([fake, labelled]), k)
     return Drawn(normal, fake, labelled, stacked(found, rest))
@@ -380,7 +386,7 @@ class DMADBanks(DMADOptions):
         self.weight.fill_(second_weight(self.pool, self.classes))
         self.counts = {"normal": len(normal.rows), "second expert's weight": round(self.weight.item(), 3)}
         if self.pool is not None and "abnormal" in self.bank_names:
-            parts = fill_abnormal_bank(batches, self.pool, normal.rows.std(0))
+            parts = fill_abnormal_bank(batches, self.pool, deviation_of(normal.rows))
             self.banks["abnormal"].fill(parts.bank())
             self.counts |= parts.counts()
         self.counts["best-covered patch only"] = int(sum(p.best_only.sum() for p in labelled))
