@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .detector import labelled_batches, normal_batches, texture_batches
-from ..parts.bank import how_many, k_centres, nearest, project, take
+from .detector import labelled_batches
+from ..parts.bank import how_many, k_centres, project, take
 from ..parts.patches import as_rows, defective, patch_features
 
 # %% ../../nbs/detectors/26_dmad_banks.ipynb #0a6be28e
