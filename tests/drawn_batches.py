@@ -13,7 +13,8 @@ PYRAMIDS = dict(
     one=("resnet18", [2]),
 )
 VARIANTS = {name: (name, {}) for name in list_detectors()} | {
-    "mddnet, class memory": ("mddnet", dict(memory="class", prototypes=4, fusion="sum")),
+    "mddnet, both maps": ("mddnet", dict(prototypes=4, fusion="sum")),
+    "mddnet, no memory": ("mddnet", dict(memory="none")),
     "mddnet, cluster": ("mddnet", dict(memory="cluster", prototypes=4, decoder="light")),
     "patchcore, class": ("patchcore", dict(coreset_scope="class", coreset_ratio=.1)),
     "dmad, no labels": ("dmad", {}),

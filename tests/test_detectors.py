@@ -110,8 +110,9 @@ def test_gradients_only_where_they_belong(variant, on):
 @every_variant
 def test_no_label_is_read_unless_asked_for(variant):
     "Batches have no `cls` but for those who ask; the prediction is given features alone."
-    detector, options = trained(variant), VARIANTS[variant][1]
-    assert ("cls" in detector.needs) == ("class" in (options.get("memory"), options.get("coreset_scope")))
+    detector = trained(variant)
+    asked = {detector.options.get("memory"), detector.options.get("coreset_scope")}
+    assert ("cls" in detector.needs) == ("class" in asked)
     assert detector.needs <= NEEDS
     assert list(inspect.signature(detector.predict).parameters) == ["features", "size"]
 

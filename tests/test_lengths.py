@@ -107,7 +107,8 @@ def test_epochs_take_the_place_of_a_studys_steps():
 # --- trainings that were too short
 
 @pytest.mark.parametrize("setting", ["unified", "separate"])
-def test_a_row_that_has_not_converged_is_marked(tmp_path, setting):
+def test_a_row_that_has_not_converged_is_marked(tmp_path, setting, monkeypatch):
+    monkeypatch.setattr(RD4AD, "recipe", replace(RD4AD.recipe, converged=None))
     record = run(small_spec(setting=setting, epochs=None, steps=3, batch=4), tmp_path)
     assert "†" not in to_markdown(summary([record])) + caption([record])
     facts = record.provenance["models"]["gear"] if setting == "separate" else record.provenance

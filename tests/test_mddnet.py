@@ -33,7 +33,7 @@ PYRAMIDS = [
 ]
 BRANCHES = ("both", "restoration", "distillation")
 MEMORIES = ("class", "none", "shared", "cluster")
-LIGHT = dict(decoder="light", memory="class", prototypes=4, fusion="sum")
+LIGHT = dict(decoder="light", memory="class", prototypes=4, fusion="sum", scale="raw")
 CLASS_MEMORY = dict(memory="class")
 MEMORY_TERMS = {"class", "compact", "separate"}
 
@@ -214,7 +214,7 @@ def test_each_term_falls_when_it_is_followed(small, term, most):
         loss = detector.losses(batch)[term]
         values.append(loss.item())
         step(optimizer, loss)
-    assert 0 < values[-1] < most*values[0], values
+    assert 0 <= values[-1] < most*values[0], values
 
 def test_all_terms_fall_together(small):
     detector, batch = create(small), make_batch(small, 6)
@@ -433,7 +433,7 @@ def test_more_groups_than_the_only_image(small):
 
 # ---- RD4AD as a special case
 
-RD4AD_OPTIONS = dict(branches="distillation", memory="none")
+RD4AD_OPTIONS = dict(branches="distillation", memory="none", scale="raw")
 
 def test_distillation_without_a_memory_has_rd4ads_weights(catalog, small):
     detector = train_on(catalog, create(small, decoder="mirror", **RD4AD_OPTIONS), epochs=2)
@@ -520,7 +520,7 @@ def test_what_cannot_be_is_refused_with_its_reason(small, options, culprit, reas
 IMPLIED = [    # (options, what they imply)
     (dict(), full_options("mddnet", {})),
     (dict(branches="restoration"),
-     dict(fusion="tr", dist_weight=None, bottleneck=None, memory="none", memory_at=None, groups=None)),
+     dict(fusion="tr", dist_weight=None, bottleneck=None, memory_at="restoration", groups=None)),
     (dict(branches="distillation", memory="none"),
      dict(anomaly_probability=None, textures=None, prototypes=None, read=None, memory_at=None)),
     (CLASS_MEMORY | dict(memory_at="both"), dict(bottleneck="shared")),
@@ -549,13 +549,13 @@ def test_one_method_has_one_id(options, implied):
 def test_other_options_are_other_ids():
     trainings = [resolved(options) for options in (
         dict(),
-        dict(memory="class"),
+        dict(memory="none"),
         dict(memory="shared"),
         dict(memory="cluster"),
         dict(memory="cluster", groups=2),
-        dict(memory="class", read="replace"),
-        dict(memory="class", memory_at="both"),
-        dict(bottleneck="shared"),
+        dict(read="replace"),
+        dict(memory_at="both"),
+        dict(bottleneck="separate"),
         dict(decoder="light"),
         dict(dist_weight=0),
         dict(branches="restoration"),
@@ -564,7 +564,7 @@ def test_other_options_are_other_ids():
     assert len({r.run_id for r in trainings}) == len({r.training_id for r in trainings}) == len(trainings)
 
 def test_fusion_and_scale_share_a_training():
-    options = (dict(), dict(fusion="sum"), dict(fusion="ri"), dict(scale="normal"), dict(fusion="product"))
+    options = (dict(), dict(fusion="sum"), dict(fusion="ri"), dict(scale="raw"), dict(fusion="product"))
     tests = [resolved(o) for o in options]
     assert len({r.run_id for r in tests}) == len(tests)
     assert len({r.training_id for r in tests}) == 1

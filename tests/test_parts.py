@@ -43,10 +43,10 @@ def test_rebuilt_levels_have_the_teachers_shapes_and_range(pyramid, pair):
 
 @pytest.mark.parametrize("options", [
     dict(),
-    dict(memory="class", bottleneck="shared"),
+    dict(memory="none", bottleneck="separate"),
     dict(dist_weight=0),
     dict(fusion="product"),
-    dict(memory="class", prototypes=1),
+    dict(prototypes=1),
 ])
 def test_mddnet_options(options):
     backbone = Backbone("resnet18", "random", [1, 2])
@@ -57,7 +57,7 @@ def test_mddnet_options(options):
     terms = detector.losses(batch)
     assert ("class" in terms) == (detector.network.memory is not None)
     assert ("dist" in terms) == (options.get("dist_weight") != 0)
-    assert ("cls" in detector.needs) == (options.get("memory") == "class")
+    assert ("cls" in detector.needs) == (options.get("memory", "class") == "class")
     with torch.no_grad():
         prediction = detector.eval()(torch.rand(1, 3, 64, 64))
     assert prediction.map.shape == (1, 64, 64)

@@ -199,7 +199,7 @@ CHANGES = dict(
     weights=dict(backbone=PROCEDURAL, weights="random"),
     layers=dict(layers=[1, 2, 3]),
     detector=dict(detector="rd4ad"),
-    options=dict(options=dict(memory="class")),
+    options=dict(options=dict(memory="none")),
     setting=dict(setting="separate"),
     seed=dict(seed=1),
     epochs=dict(epochs=2),
@@ -234,7 +234,7 @@ def test_a_revision_is_part_of_it(small, changed_ids, monkeypatch):
     assert run_id != changed_ids["nothing"][0] and training_id != changed_ids["nothing"][1]
 
 def test_options_that_only_a_test_reads_share_a_training(small, changed_ids):
-    fused, scaled = (ids(replace(small, options=o)) for o in (dict(fusion="product"), dict(scale="normal")))
+    fused, scaled = (ids(replace(small, options=o)) for o in (dict(fusion="product"), dict(scale="raw")))
     assert len({fused[0], scaled[0], changed_ids["nothing"][0]}) == 3
     assert fused[1] == scaled[1] == changed_ids["nothing"][1]
 

@@ -222,7 +222,7 @@ class MDDNetOptions(Detector):
     "The options of MDD-Net, and what they ask of a training batch."
     branches: str = option("both", choices=BRANCHES, help="which decoders there are")
     decoder: str = option("mirror", choices=tuple(PAIRS), help="the teacher's mirror image, or a light one")
-    memory: str = option("none", choices=MEMORIES, help="whose prototypes the decoder sees")
+    memory: str = option("class", choices=MEMORIES, help="whose prototypes the decoder sees")
     memory_at: str = option("restoration", choices=("restoration", "both"), help="before which decoder",
                             forced=WITHOUT_MEMORY | {"branches!=both": "restoration"})
     read: str = option("concat", choices=("concat", "replace"), forced=WITHOUT_MEMORY,
@@ -230,8 +230,8 @@ class MDDNetOptions(Detector):
     prototypes: int = option(32, least=1, forced=WITHOUT_MEMORY, help="of each group")
     groups: int | None = option(None, least=1, forced=WITHOUT_CLUSTERS,
                                 help="how many clusters; none: chosen from the data")
-    bottleneck: str = option("separate", choices=("separate", "shared"),
-                             help="one for each decoder, or one for both",
+    bottleneck: str = option("shared", choices=("shared", "separate"),
+                             help="one for both decoders, or one for each",
                              forced=WITHOUT_IDENTITY | {"memory_at=both": "shared"})
     dist_weight: float = option(.1, least=0, forced=WITHOUT_IDENTITY, help="weight of L_dist; 0: without it")
     anomaly_probability: float = option(1., least=0, most=1, forced=WITHOUT_DEFECTS,
@@ -240,8 +240,8 @@ class MDDNetOptions(Detector):
                            help="what defects are made of: procedural, images, or a folder")
     fusion: str = option("tr", choices=FUSIONS, forced={"branches!=both": "tr"}, test_only=True,
                          help="which discrepancy maps make the anomaly map")
-    scale: str = option("raw", choices=("raw", "normal"), forced={"fusion=product": "raw"}, test_only=True,
-                        help="levels as they are, or standardised on training normals")
+    scale: str = option("normal", choices=("normal", "raw"), forced={"fusion=product": "raw"}, test_only=True,
+                        help="levels standardised on training normals, or as they are")
 
     def __init__(self, backbone, classes=1, **options):
         super().__init__(backbone, classes, **options)
@@ -410,8 +410,9 @@ def maps_of_batches(
 @register("mddnet")
 class MDDNet(MDDNetOptions):
     "MDD-Net: restoration and identity decoders with a class-aware memory (arXiv 2504.14884, reconstructed)."
-    revision = 3
-    recipe = Recipe(epochs=100, batch=16, optimizer="adam", lr=5e-3, betas=(0.5, 0.999), drops=(0.8,))
+    revision = 4
+    recipe = Recipe(epochs=100, converged=2600, batch=16, optimizer="adam", lr=5e-3, betas=(0.5, 0.999),
+                    drops=(0.8,))
 
     def __init__(self, backbone, classes=1, **options):
         super().__init__(backbone, classes, **options)

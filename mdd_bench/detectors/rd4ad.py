@@ -15,7 +15,8 @@ from ..parts.discrepancy import cosine_loss, discrepancy, fuse_levels
 class RD4AD(Detector):
     "Reverse distillation (RD4AD, CVPR 2022; recipe of the multi-class re-runs)."
     revision = 2
-    recipe = Recipe(epochs=100, batch=16, optimizer="adam", lr=5e-3, betas=(0.5, 0.999), drops=(0.8,))
+    recipe = Recipe(epochs=100, converged=1725, batch=16, optimizer="adam", lr=5e-3, betas=(0.5, 0.999),
+                    drops=(0.8,))
 
     def __init__(self, backbone, classes=1, **options):
         super().__init__(backbone, classes, **options)

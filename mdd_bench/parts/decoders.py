@@ -188,14 +188,16 @@ def conv_norm(
 class LightBlock(nn.Module):
     "Enlarge, then look around and mix: [B,c_in,H,W] to [B,c_out,H*scale,W*scale] (ours, after MobileNet)."
     def __init__(self,
-        c_in: int,          # channels that come in
-        c_out: int,         # channels that go out
-        scale: float = 1,   # of the resolution, 1 or more
-        relu: bool = True,  # False: the output may be negative
+        c_in: int,                # channels that come in
+        c_out: int,               # channels that go out
+        scale: float = 1,         # of the resolution, 1 or more
+        relu: bool = True,        # False: the output may be negative
+        depthwise: bool = False,  # whether looking around mixes no channels
     ):
         super().__init__()
+        groups = c_out if depthwise else 1
         self.enter = nn.Sequential(resample(c_in, c_out, scale, 1), nn.BatchNorm2d(c_out))
-        self.path = nn.Sequential(*conv_norm(c_out, c_out, 3, 1, c_out), nn.ReLU(), *conv_norm(c_out, c_out))
+        self.path = nn.Sequential(*conv_norm(c_out, c_out, 3, 1, groups), nn.ReLU(), *conv_norm(c_out, c_out))
         self.relu = nn.ReLU() if relu else nn.Identity()
 
     def forward(self, x):
@@ -226,7 +228,8 @@ class LightBottleneck(nn.Module):
         self.multiple = 2*strides[-1]
         self.fuse = nn.ModuleList(light_fusion_path(channels, strides, i) for i in range(len(channels)))
         width = len(channels)*channels[-1]
-        self.embed = nn.Sequential(*conv_norm(width, width, 3, 2, width), LightBlock(width, self.dim))
+        halve = conv_norm(width, width, 3, 2, width)
+        self.embed = nn.Sequential(*halve, LightBlock(width, self.dim, depthwise=True))
         init_convolutions(self)
 
     forward = Bottleneck.forward
