@@ -11,7 +11,7 @@ from mdd_bench.errors import SpecError
 from mdd_bench.reporting.lengths import (
     converged_steps, last_thirds, learning_curve, lengths_markdown, lengths_table, scores_by_length,
 )
-from mdd_bench.reporting.tables import caption, summary, to_markdown
+from mdd_bench.reporting.tables import caption, per_class, summary, to_markdown
 from mdd_bench.running.identity import resolve
 from mdd_bench.running.run import run
 from mdd_bench.running.spec import make_spec
@@ -115,7 +115,7 @@ def test_a_row_that_has_not_converged_is_marked(tmp_path, setting, monkeypatch):
     facts["converged_steps"] = 3
     assert "†" not in to_markdown(summary([record])) + caption([record])
     facts["converged_steps"] = 100
-    assert "| rd4ad † |" in to_markdown(summary([record]))
+    for table in (summary([record]), per_class([record])): assert "| rd4ad † |" in to_markdown(table)
     assert "† Not converged: rd4ad (3 of 100 steps)." in caption([record])
 
 def test_a_record_says_what_its_recipe_needs(tmp_path, monkeypatch):

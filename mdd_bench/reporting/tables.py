@@ -198,24 +198,6 @@ def scores_frame(
             rows.append(identity | _scores(record, protocol))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/reporting/61_tables.ipynb #47aa445c
-TABLE_METRICS = ("I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO", "mAD")
-
-def _average_over_seeds(
-    records,  # comparable Records
-    by,       # what tells the arms apart
-    numbers,  # function: record -> {column: number}
-):            # a row per arm: means, deviations, n, records
-    "The table of means and sample deviations that `numbers` gives over the records of each arm."
-    rows = []
-    for arm in arms(records, by):
-        frame = pd.DataFrame([numbers(record) for record in arm.records], dtype=float)
-        mean = frame.mean(skipna=False)
-        std = frame.std(ddof=1, skipna=False).add_suffix(" std")
-        ids = " ".join(record.id for record in arm.records)
-        rows.append({**arm.values, **mean, **std, "n": len(arm.records), "records": ids})
-    return pd.DataFrame(rows).set_index(arm_columns(by))
-
 # %% ../../nbs/reporting/61_tables.ipynb #1d9d1c76
 def _facts(record, name):
     "What a record says of each of its models under a name, a list without repetitions."
@@ -240,6 +222,26 @@ def not_converged(
                 short[key] = f"{arm.name} ({taken} of {needed} steps)"
     return short
 
+# %% ../../nbs/reporting/61_tables.ipynb #47aa445c
+TABLE_METRICS = ("I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO", "mAD")
+
+def _average_over_seeds(
+    records,  # comparable Records
+    by,       # what tells the arms apart
+    numbers,  # function: record -> {column: number}
+):            # a row per arm: means, deviations, n, records
+    "The table of means and sample deviations that `numbers` gives over the records of each arm."
+    rows = []
+    for arm in arms(records, by):
+        frame = pd.DataFrame([numbers(record) for record in arm.records], dtype=float)
+        mean = frame.mean(skipna=False)
+        std = frame.std(ddof=1, skipna=False).add_suffix(" std")
+        ids = " ".join(record.id for record in arm.records)
+        rows.append({**arm.values, **mean, **std, "n": len(arm.records), "records": ids})
+    table = pd.DataFrame(rows).set_index(arm_columns(by))
+    table.attrs["not converged"] = not_converged(records, by)
+    return table
+
 # %% ../../nbs/reporting/61_tables.ipynb #d9dfb8c0
 def _metric(scores, metric):
     "One metric of a block of scores; an unknown name raises `SpecError`."
@@ -257,9 +259,7 @@ def summary(
     def numbers(record):
         scores = _scores(record, protocol)
         return {metric: _metric(scores, metric) for metric in metrics}
-    table = _average_over_seeds(records, by, numbers)
-    table.attrs["not converged"] = not_converged(records, by)
-    return table
+    return _average_over_seeds(records, by, numbers)
 
 # %% ../../nbs/reporting/61_tables.ipynb #cefde45c
 def per_class(
