@@ -258,7 +258,7 @@ def test_sweep_by_papermill(shell, tmp_path):
     assert code == 0, err
     assert {p.name for p in folder.iterdir()} == FILES_OF_THE_STUDY
     assert len(list(folder.glob("runs/*/run.ipynb"))) == 2 and not list(folder.rglob("*.part*"))
-    assert "| rd4ad |" in out and "weights lite0" in out and "RANDOM" not in out
+    assert "| rd4ad † |" in out and "weights lite0" in out and "RANDOM" not in out
     assert str(folder/"benchmark_bars.png") in out
     assert "1/2" in err and "2/2" in err
 
@@ -267,7 +267,7 @@ def test_sweep_by_papermill(shell, tmp_path):
     before = times_of(folder)
     code, out, err = shell(*args)
     assert code == 0, err
-    assert "| rd4ad |" in out and times_of(folder) == before
+    assert "| rd4ad † |" in out and times_of(folder) == before
 
 # --- a detector in a file
 

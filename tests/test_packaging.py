@@ -107,7 +107,7 @@ def test_the_command_sweeps_at_smoke_size(installed, tmp_path):
     args = ["sweep", "benchmark", *sweep_flags(detector=["rd4ad", "mddnet"])]
     printed = output(installed/"mdd_bench", *args, cwd=tmp_path)
     folder = tmp_path/"results"/"benchmark"
-    assert "| mddnet |" in printed and (folder/"benchmark.ipynb").is_file()
+    assert "| mddnet † |" in printed and (folder/"benchmark.ipynb").is_file()
     assert len(list(folder.glob("runs/*/record.json"))) == 2
 
 # --- what a developer calls

@@ -26,4 +26,4 @@ def test_its_python_runs(tmp_path, monkeypatch, capsys):
     [code] = blocks("python")
     exec(code, {})
     printed = capsys.readouterr().out
-    assert "| patchcore |" in printed and "| rd4ad |" in printed and "Not verified" in printed
+    assert "| patchcore |" in printed and "| rd4ad † |" in printed and "Not verified" in printed
