@@ -86,13 +86,14 @@ def test_map_and_score_are_the_papers(layers):
 def test_losses_are_the_papers(layers):
     "With the same noise: one call over true and fake, moments of both together, hinge at 0.5 on either side."
     backbone = Backbone("resnet18", "random", layers)
-    detector = trained(backbone).train()
+    detector = trained(backbone, noise=.2).train()
+    detector.spread.fill_(.25)
     state, features = deepcopy(detector.state_dict()), backbone(pictures(2, 3))
     torch.manual_seed(11)
     terms = detector.losses(dict(features=features))
     q = adapted(paper_patches(features).flatten(0, 1), state)
     torch.manual_seed(11)
-    fake = q + .015*torch.randn(q.shape)
+    fake = q + .2*.25*torch.randn(q.shape)
     true_score, fake_score = paper_discriminator(torch.cat([q, fake]), state).split(len(q))
     close(terms["normal"], torch.clamp(.5 - true_score, min=0).mean())
     close(terms["noise"], torch.clamp(.5 + fake_score, min=0).mean())
@@ -145,6 +146,19 @@ def test_the_noise_comes_after_the_adaptor_and_one_call_sees_both(backbone, nois
     q, fake = inputs[0].chunk(2)
     close(q, detector.adaptor(paper_patches(features).flatten(0, 1)).detach())
     assert (fake - q).std().item() == pytest.approx(noise, rel=.02) and len(q) == 2*16*16
+
+def test_the_noise_is_in_units_of_the_adapted_normal_patches(backbone):
+    "The mean over entries of their deviations; a labelled image does not count."
+    detector = make(backbone, noise=.3)
+    batches = [dict(features=backbone(pictures(2, seed))) for seed in (1, 2)]
+    labelled = dict(features=[9*f for f in batches[0]["features"]], mask=torch.zeros(2, 64, 64))
+    patches = torch.cat([paper_patches(b["features"]).flatten(0, 1) for b in batches])
+    with torch.no_grad():
+        spread = detector.adaptor(patches).double().std(0, unbiased=False).mean().item()
+        detector.prepare([batches[0], labelled, batches[1]])
+    q, fake = discriminator_inputs(detector, batches[0]["features"])[0].chunk(2)
+    assert detector.spread.item() == pytest.approx(spread, rel=1e-4)
+    assert (fake - q).std().item() == pytest.approx(.3*spread, rel=.02)
 
 def test_noise_is_drawn_anew_in_training_and_never_at_test(backbone):
     detector, features = trained(backbone), backbone(pictures(2))
@@ -215,9 +229,9 @@ def test_the_recipe():
     r = cls.recipe
     assert (r.epochs, r.batch, r.drops, r.clip) == (100, 32, (.8,), None)
     assert (r.strides, r.backbone) == ((8, 16), "wide_resnet50_2")
-    assert full_options("simplenet", {}) == dict(noise=.015, margin=.5, hidden=1024)
+    assert full_options("simplenet", {}) == dict(noise=.3, margin=.5, hidden=1024)
     assert cls.needs == frozenset()
-    for hook in ("prepare", "on_epoch", "finish"):
+    for hook in ("on_epoch", "finish"):
         assert hook not in vars(cls)                    # nothing is chosen between epochs: the last one stays
 
 # Training ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .detector import Detector, Prediction, Recipe, labelled_batches, normal_batches
 from .detector import option, register
 from ..parts.discrepancy import fuse_levels
-from ..parts.patches import as_rows, defective
+from ..parts.patches import as_rows, defective, mean_and_deviation
 
 # %% ../../nbs/detectors/27_bgad.ipynb #8265b050
 class ScaleAndShift(nn.Module):
@@ -266,14 +266,8 @@ def standardise(
     level: int,
 ):
     "Measure mean and deviation of each channel over the normal images, in place (ours)."
-    n, total, squares = 0, 0., 0.
-    for batch in normal_batches(batches):
-        rows = as_rows(batch["features"][level]).double()
-        n += len(rows)
-        total = total + rows.sum(0)
-        squares = squares + rows.square().sum(0)
-    mean = total/n
-    deviation = (squares/n - mean**2).clamp_min(0).sqrt()
+    parts = (as_rows(batch["features"][level]) for batch in normal_batches(batches))
+    mean, deviation = mean_and_deviation(parts)
     flow.mean.copy_(mean)
     flow.deviation.copy_(deviation.clamp_min(.1*deviation.mean() + 1e-9))
 
@@ -348,8 +342,8 @@ def record_facts(
 @register("bgad")
 class BGAD(BGADOptions):
     "Flows, and a boundary that labelled anomalies are pushed across; without labels plain flows (CVPR 2023)."
-    revision = 2
-    recipe = Recipe(epochs=200, batch=32, optimizer="adam", lr=2e-4, drops=(.5, .75, .9),
+    revision = 3
+    recipe = Recipe(epochs=200, batch=32, optimizer="adam", lr=2e-4, warmup=.08, cosine=True,
                     backbone="tf_efficientnet_b6.aa_in1k")
     needs = frozenset({"labelled"})
 
