@@ -186,7 +186,7 @@ def conv_norm(
     return [convolution, nn.BatchNorm2d(c_out)]
 
 class LightBlock(nn.Module):
-    "Enlarge, then look around and mix: [B,c_in,H,W] to [B,c_out,H*scale,W*scale] (ours, after MobileNet)."
+    "Enlarge, look around, mix: [B,c_in,H,W] to [B,c_out,H*scale,W*scale] (ours; depthwise: MobileNet)."
     def __init__(self,
         c_in: int,                # channels that come in
         c_out: int,               # channels that go out
