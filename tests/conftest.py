@@ -1,5 +1,6 @@
 "What all tests share: a cache of their own, the real images where they are, a small spec, records made once."
 import os, subprocess, sys, tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 import pytest
@@ -27,6 +28,17 @@ def run_flags(**fields):
     values = SMALL | dict(detector="rd4ad") | fields
     flags = []
     for name, value in values.items(): flags += ["--" + name.replace("_", "-"), text_of(value)]
+    return flags
+
+def flags_of(spec):
+    "A spec as flags of `mdd_bench run`; fields that are None are left out."
+    flags = []
+    for name, value in asdict(spec).items():
+        flag = "--" + name.replace("_", "-")
+        if name == "options":
+            for option, chosen in value.items(): flags += ["--option", f"{option}={chosen}"]
+        elif isinstance(value, bool): flags += [flag]*value
+        elif value is not None: flags += [flag, text_of(value)]
     return flags
 
 def sweep_flags(**parameters):

@@ -19,10 +19,10 @@ from mdd_bench.running.runtime import Runtime
 from mdd_bench.running.spec import make_spec
 from mdd_bench.running.store import Store
 from mdd_bench.running.study import load_study
-from mdd_bench.running.sweep import flags, sweep
+from mdd_bench.running.sweep import sweep
 from mdd_bench.running.testing import prediction_quality, predictions
 from mdd_bench.running.training import TrainingData, feed, train
-from conftest import SMALL
+from conftest import SMALL, flags_of
 
 UNDEFINED = "ignore::mdd_bench.evaluation.metrics.UndefinedMetric"
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM", UNDEFINED)
@@ -540,7 +540,7 @@ def test_one_method_has_one_id(options, implied):
     complete = resolved(short.options)
     assert short.run_id == long.run_id == complete.run_id
     assert short.training_id == long.training_id
-    arguments = flags(complete.spec)
+    arguments = flags_of(complete.spec)
     written = [value for flag, value in zip(arguments, arguments[1:]) if flag == "--option"]
     from_text = resolved(dict(text.split("=", 1) for text in written))
     assert written and from_text.run_id == short.run_id

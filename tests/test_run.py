@@ -20,8 +20,7 @@ from mdd_bench.running.runtime import Runtime
 from mdd_bench.running.samples import seeded_rows
 from mdd_bench.running.spec import make_spec
 from mdd_bench.running.store import Store, load_records
-from mdd_bench.running.sweep import flags
-from conftest import SMALL, small_spec
+from conftest import SMALL, flags_of, small_spec
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*RANDOM", "ignore::mdd_bench.evaluation.metrics.UndefinedMetric"
@@ -414,7 +413,7 @@ def stop_in_training(spec, out, number):
     def listen(): signal.signal(signal.SIGINT, signal.SIG_DFL)       # a shell's background jobs ignore it
     program = [sys.executable, "-c", "from mdd_bench.cli import main; main()"]
     child = subprocess.Popen(
-        [*program, "run", *flags(spec), "--out", str(out)],
+        [*program, "run", *flags_of(spec), "--out", str(out)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=listen,
     )
     while not list(out.glob("runs/*/history.csv")) and child.poll() is None: time.sleep(.02)

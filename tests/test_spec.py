@@ -14,8 +14,7 @@ from mdd_bench.parts.lite0 import LITE0
 from mdd_bench.running import identity
 from mdd_bench.running.identity import epochs_of, filled_spec, resolve, short_hash
 from mdd_bench.running.spec import LabelFields, RunSpec, make_spec, spec_field, spec_options
-from mdd_bench.running.sweep import flags
-from conftest import small_spec
+from conftest import flags_of, small_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 
@@ -89,7 +88,7 @@ def test_a_manifest_leaves_nothing_to_draw(name):
     assert make_spec(manifest="m.json", **{name: default}) == make_spec(manifest="m.json")
 
 def test_a_spec_survives_the_command_line(monkeypatch):
-    "Its flags, parsed by the command, are the same spec: what a sweep hands to a process is what it meant."
+    "Its flags, parsed by the command, are the same spec."
     import mdd_bench.running.run as running
     from mdd_bench.cli import app
     def stop(spec, *args): raise SpecError(json.dumps(asdict(spec)))
@@ -97,7 +96,7 @@ def test_a_spec_survives_the_command_line(monkeypatch):
     values = {name: typed for name, (_, typed) in TEXT_AND_TYPED.items()}
     everything = values | dict(steps=None)      # a length is given in epochs or in steps
     for spec in (make_spec(), make_spec(**everything), small_spec(epochs=3, manifest="m.json")):
-        result = CliRunner().invoke(app, ["run", *flags(spec)])
+        result = CliRunner().invoke(app, ["run", *flags_of(spec)])
         assert isinstance(result.exception, SpecError), result.output
         assert json.loads(result.exception.what) == asdict(spec)
 

@@ -1,10 +1,11 @@
-"Several runs of a sweep at once, what is read ahead, and losses that are fetched together."
-import os, sys, threading, time
+"Several runs at once, sweeps that are killed, what is read ahead, and losses that are fetched together."
+import json, os, random, signal, subprocess, sys, threading, time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from conftest import small_spec
+from conftest import small_spec, sweep_flags
 from tqdm import tqdm
 from mdd_bench.data.loading import AHEAD, prefetched
 from mdd_bench.errors import TrainingError
@@ -89,14 +90,6 @@ def test_runs_of_one_label_have_a_place_each_in_the_bar():
     progress.finish("run 0", "rd4ad, seed 0", "done")
     assert progress.bar.n == 1.25 and list(progress.running) == ["run 1"]
 
-@pytest.mark.parametrize("said, threads", [(None, 1), ("", 1), ("1", 1), ("2", 2), ("4,2", 4)])
-def test_the_threads_of_a_run_are_those_of_the_environment(monkeypatch, said, threads):
-    if said is None: monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    else: monkeypatch.setenv("OMP_NUM_THREADS", said)
-    assert sweeping.threads_of_a_run() == threads
-    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
-    assert sweeping.run_process([sys.executable, "-c", code]) == (0, f"{threads}\n")
-
 def test_as_many_runs_as_fit_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -115,6 +108,78 @@ def test_the_number_of_runs_at_once_can_be_said(tmp_path, monkeypatch):
     monkeypatch.setattr(type(study), "named_specs", lambda self: [sweeping.NamedSpec("", spec)])
     for jobs in (3, None): sweeping.sweep(study, tmp_path, "cpu", plain=True, jobs=jobs)
     assert asked == [3, sweeping.jobs_that_fit("cpu")] and not Store(tmp_path).has(resolve(spec).run_id, [])
+
+# --- sweeps that are killed
+
+def processes_of(mark):
+    "The processes, not yet dead, that were started with a word in their environment."
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            alive = (folder/"stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+            if alive and mark.encode() in (folder/"environ").read_bytes(): found.append(folder.name)
+        except OSError: pass
+    return found
+
+def start_sweep(out, *flags):
+    "A sweep of four runs in a process group of its own; the word that marks all its processes."
+    mark = f"mark-{os.urandom(4).hex()}"
+    program = [sys.executable, "-c", "from mdd_bench.cli import main; main()"]
+    grid = sweep_flags(detector="patchcore,rd4ad", seed="0,1")
+    command = [*program, "sweep", "benchmark", *grid, "--out", str(out), *flags]
+    env = os.environ | dict(MARK=mark, OMP_NUM_THREADS="1")
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=env, start_new_session=True, **quiet), mark
+
+def gone(mark, seconds=10):
+    "Whether all processes of a sweep are gone in time."
+    deadline = time.monotonic() + seconds
+    while processes_of(mark) and time.monotonic() < deadline: time.sleep(.05)
+    return not processes_of(mark)
+
+def records_in(out): return sorted(out.glob("benchmark/runs/*/record.json"))
+
+def check_that_it_goes_on(out, *flags):
+    "The same sweep again: what was recorded is as it was, the rest is made, and nothing else is left."
+    before = {file: file.stat().st_mtime_ns for file in records_in(out)}
+    process, mark = start_sweep(out, *flags)
+    _, printed = process.communicate()
+    assert process.returncode == 0, printed
+    assert len(records_in(out)) == 4 and all(json.loads(file.read_text()) for file in records_in(out))
+    assert all(file.stat().st_mtime_ns == time_of for file, time_of in before.items())
+    records = {file.parent.name for file in records_in(out)}
+    names = {path.name for path in out.glob("benchmark/runs/**/*")} - records
+    kept = {".lock", "record.json", "scores.csv", "history.csv", "samples.npz", "replicates.npz", "run.ipynb"}
+    assert names <= kept and gone(mark)
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sweep_that_is_killed_leaves_nobody_behind_and_goes_on(tmp_path, number):
+    process, mark = start_sweep(tmp_path, "--plain")
+    while not records_in(tmp_path): time.sleep(.01)
+    os.killpg(process.pid, number)
+    process.communicate()
+    assert gone(mark) and 1 <= len(records_in(tmp_path)) < 4
+    check_that_it_goes_on(tmp_path, "--plain")
+
+def test_ctrl_c_ends_a_sweep_within_seconds(tmp_path):
+    process, mark = start_sweep(tmp_path, "--plain")
+    while not records_in(tmp_path): time.sleep(.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=5)
+    assert process.returncode == 130 and "Traceback" not in printed
+    assert printed.strip().splitlines()[-1] == "stopped; what is done is kept, start again to go on"
+    assert gone(mark) and len(records_in(tmp_path)) < 4
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_sweep_of_notebooks_that_is_killed_at_any_moment_goes_on(tmp_path, seed):
+    process, mark = start_sweep(tmp_path)
+    time.sleep(random.Random(seed).uniform(1, 20))
+    try: os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError: pass      # it was done
+    process.communicate()
+    assert gone(mark)
+    check_that_it_goes_on(tmp_path)
 
 # --- what is read ahead
 
