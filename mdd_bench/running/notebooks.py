@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ForkedKernel', 'be_kernel', 'manager_of', 'execute_notebook']
 
-# %% ../../nbs/running/58c_notebooks.ipynb #ebec708a
+# %% ../../nbs/running/58c_notebooks.ipynb #e41a3d68
 import os, signal
-from pathlib import Path
+from .processes import die_with_the_warm_process
 
-# %% ../../nbs/running/58c_notebooks.ipynb #d604104d
+# %% ../../nbs/running/58c_notebooks.ipynb #d67f0311
 class ForkedKernel:
     "A copy of this process that waits until it is told to be a kernel; to jupyter it looks like a Popen."
     stdin = stdout = stderr = None
@@ -17,17 +17,24 @@ class ForkedKernel:
     def __init__(self):
         reading, self.writing = os.pipe()
         self.returncode, self.pid = None, os.fork()
-        if self.pid: return os.close(reading)
+        if self.pid:
+            os.close(reading)
+            return
         os.close(self.writing)
-        with os.fdopen(reading) as told: connection_file = told.read()
-        if connection_file: be_kernel(connection_file)
-        os._exit(0)
+        try: be_kernel(reading)
+        finally: os._exit(1)
 
     def begin(self,
         connection_file: str,  # which ports to use
     ):
         "Become a kernel."
-        with os.fdopen(self.writing, "w") as tell: tell.write(connection_file)
+        os.write(self.writing, connection_file.encode())
+        self.close()
+
+    def close(self):
+        "Tell a copy that is still waiting that it is not needed."
+        if self.writing is not None: os.close(self.writing)
+        self.writing = None
 
     def poll(self) -> int | None:
         "Its exit code, or None while it works."
@@ -42,15 +49,17 @@ class ForkedKernel:
 
     def kill(self): self.send_signal(signal.SIGKILL)
 
-# %% ../../nbs/running/58c_notebooks.ipynb #f685a806
+# %% ../../nbs/running/58c_notebooks.ipynb #943e7cf3
 def be_kernel(
-    connection_file: str,  # which ports to use
+    reading: int,  # end of a pipe from which the connection file comes; nothing comes if no kernel is needed
 ):
-    "Be a kernel until it is shut down."
+    "Wait for the connection file, then be a kernel until it is shut down."
     from ipykernel.kernelapp import IPKernelApp
-    IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.quiet=True"])
+    die_with_the_warm_process()
+    with os.fdopen(reading) as told: connection_file = told.read()
+    if connection_file: IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.quiet=True"])
 
-# %% ../../nbs/running/58c_notebooks.ipynb #1420dc9d
+# %% ../../nbs/running/58c_notebooks.ipynb #d35d4505
 def manager_of(
     kernel: ForkedKernel,
 ) -> type:      # of a kernel manager, as papermill takes it
@@ -65,13 +74,13 @@ def manager_of(
             return self.connection_info
 
     class Manager(AsyncKernelManager):
-        async def _async_pre_start_kernel(self, **kwargs):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
             self.provisioner = Provisioner(parent=self, kernel_id="", kernel_spec=self.kernel_spec)
-            return await super()._async_pre_start_kernel(**kwargs)
 
     return Manager
 
-# %% ../../nbs/running/58c_notebooks.ipynb #fd7e08ce
+# %% ../../nbs/running/58c_notebooks.ipynb #bb056621
 def execute_notebook(
     source: str,       # a notebook
     target: str,       # where its executed copy goes
@@ -81,4 +90,6 @@ def execute_notebook(
     kernel = ForkedKernel()
     import papermill
     how = dict(kernel_name="python3", progress_bar=False, shutdown_kernel="immediate")
-    papermill.execute_notebook(source, target, parameters, kernel_manager_class=manager_of(kernel), **how)
+    how["kernel_manager_class"] = manager_of(kernel)
+    try: papermill.execute_notebook(source, target, parameters, **how)
+    finally: kernel.close()

@@ -100,7 +100,7 @@ def make_record(
     else:
         parameters = asdict(spec) | settings | dict(out=out)
         work = NOTEBOOK, str(study_path("run")), str(part), parameters
-    child = warm_process().start(*work)
+    child = warm_process.start(*work)
     finish(child, lambda: show(*read_progress(store.folder(run_id))))
     if not store.has(run_id, spec.protocols):     # nothing but the record tells that a run is done
         log.write_text(child.printed(), encoding="utf-8")
@@ -290,7 +290,7 @@ def execute_study(
     part, final = Path(out)/f"{study.name}.part.ipynb", Path(out)/f"{study.name}.ipynb"
     part.parent.mkdir(parents=True, exist_ok=True)
     parameters = study.notebook_parameters() | settings | dict(out=str(out))
-    child = warm_process().start(NOTEBOOK, str(study_path(study.name)), str(part), parameters)
+    child = warm_process.start(NOTEBOOK, str(study_path(study.name)), str(part), parameters)
     if finish(child, tick):
         problem = f"the notebook of the study {study.name} failed: {failure_reason(child.printed())}"
         raise SpecError(problem, f"see {part}; the records are kept")
