@@ -17,9 +17,7 @@ class ForkedKernel:
     def __init__(self):
         reading, self.writing = os.pipe()
         self.returncode, self.pid = None, os.fork()
-        if self.pid:
-            os.close(reading)
-            return
+        if self.pid: return os.close(reading)
         os.close(self.writing)
         try: be_kernel(reading)
         finally: os._exit(1)

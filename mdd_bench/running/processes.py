@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRELOADED', 'INLINE', 'warm_process', 'kill_group', 'die_with', 'die_with_the_warm_process', 'become', 'fork_child',
-           'exit_code', 'serve', 'Child', 'threads_of_a_run', 'environment_of_runs', 'WarmProcess']
+           'exit_code', 'serve', 'Child', 'threads_of_a_run', 'environment_of_runs', 'ImportedProcess', 'AskedProcess',
+           'WarmProcess']
 
 # %% ../../nbs/running/58b_processes.ipynb #00769938
 import atexit, importlib, os, signal, socket, subprocess, sys, tempfile, threading, time, traceback
@@ -150,8 +151,9 @@ def environment_of_runs() -> dict:
     "The environment that children have."
     return os.environ | INLINE | dict(OMP_NUM_THREADS=str(threads_of_a_run()))
 
-class WarmProcess:
-    "Starts children that have everything imported; may be used from several threads."
+# %% ../../nbs/running/58b_processes.ipynb #7b7cdfab
+class ImportedProcess:
+    "A process that has imported some modules and serves at the other end of a connection."
     def __init__(self,
         modules: list[str] = PRELOADED,   # imported once
     ):
@@ -170,45 +172,6 @@ class WarmProcess:
         theirs.close()
         self.connection = Connection(ours.detach())
 
-    def ask(self,
-        question,      # a process id, or what is to be done
-        output=None,   # with the latter, an open file
-    ):
-        "Ask the process; raises `EOFError` if it has ended, and an `OSError` where it cannot make a child."
-        try:
-            self.connection.send(question)
-            if output: send_handle(self.connection, output.fileno(), self.process.pid)
-            answer = self.connection.recv()
-        except BaseException as e:      # a question without an answer: the next one would get it
-            self.close()
-            if isinstance(e, (EOFError, OSError)): raise EOFError("the warm process has ended") from e
-            raise
-        if isinstance(answer, OSError): raise answer
-        return answer
-
-    def start(self,
-        target: str,   # "module:function"
-        *arguments,    # of that function
-    ) -> Child:
-        "Start a child that calls a function; what the function returns is its exit code."
-        request, output = (target, arguments, os.getcwd(), environment_of_runs()), tempfile.TemporaryFile()
-        with self.lock:
-            if self.process is None or self.process.poll() is not None: self.reopen()
-            process, pid = self.process, self.ask(request, output)
-        return Child(pid, output, partial(self.exit_code_of, process))
-
-    def exit_code_of(self, process, pid: int) -> int | None:
-        "The exit code of a child, which has ended if its warm process has."
-        with self.lock:
-            if self.process is not process: return -signal.SIGKILL
-            try: return self.ask(pid)
-            except EOFError: return -signal.SIGKILL
-
-    def reopen(self):
-        "Start the process anew."
-        self.close()
-        self.open()
-
     def close(self):
         "End the process and its children."
         if self.process is None: return
@@ -217,5 +180,50 @@ class WarmProcess:
         self.process.wait()
         self.process = None
 
+    def reopen(self):
+        "Start the process anew."
+        self.close()
+        self.open()
+
+# %% ../../nbs/running/58b_processes.ipynb #aff50b67
+class AskedProcess(ImportedProcess):
+    "A process that answers questions, one at a time."
+    def ask(self,
+        question,      # a process id, or what is to be done
+        output=None,   # with the latter, an open file
+    ):
+        "Ask the process; raises `EOFError` or `OSError` if it has ended, or cannot make a child."
+        try:
+            self.connection.send(question)
+            if output: send_handle(self.connection, output.fileno(), 0)
+            answer = self.connection.recv()
+        except BaseException:
+            self.close()
+            raise
+        return answer
+
+# %% ../../nbs/running/58b_processes.ipynb #3c7e6d6f
+class WarmProcess(AskedProcess):
+    "Starts children that have everything imported; may be used from several threads."
+    def start(self,
+        target: str,   # "module:function"
+        *arguments,
+    ) -> Child:
+        "Start a child that calls a function; what the function returns is its exit code."
+        request, output = (target, arguments, os.getcwd(), environment_of_runs()), tempfile.TemporaryFile()
+        with self.lock:
+            if self.process is None or self.process.poll() is not None: self.reopen()
+            process, pid = self.process, self.ask(request, output)
+        if isinstance(pid, OSError): raise pid
+        return Child(pid, output, partial(self.exit_code_of, process))
+
+    def exit_code_of(self, process, pid: int) -> int | None:
+        "The exit code of a child, which has ended if its warm process has."
+        with self.lock:
+            if self.process is not process: return -signal.SIGKILL
+            try: return self.ask(pid)
+            except (EOFError, OSError): return -signal.SIGKILL
+
+# %% ../../nbs/running/58b_processes.ipynb #36d1fe8b
 warm_process = WarmProcess()     # of all sweeps of this process; started when it is needed
 atexit.register(warm_process.close)
