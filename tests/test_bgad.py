@@ -4,10 +4,10 @@ import pytest, torch
 import torch.nn.functional as F
 from mdd_bench.detectors.bgad import Flow, at_most, boundary, level_likelihood, likelihood, push_pull
 from mdd_bench.detectors.bgad import sinusoids
-from mdd_bench.detectors.detector import create_detector
+from mdd_bench.detectors.detector import create_detector, detector_class
 from mdd_bench.parts.backbone import Backbone
 from mdd_bench.parts.patches import defective
-from mdd_bench.running.training import make_optimizer, train_step
+from mdd_bench.running.training import make_optimizer, rate_factor, train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
 
@@ -280,3 +280,11 @@ def test_positions_of_a_mask(backbone):
     assert facts["best-covered only"] == 1 and facts["labelled patches"] == [10, 6]
     second = part_of(labelled, slice(1, 2))
     assert detector.losses(normal | dict(labelled=second))["push"] > 0
+
+def test_the_recipe():
+    "The released code's default schedule: a warm-up in 2 of 25 rounds, then a cosine."
+    recipe = detector_class("bgad").recipe
+    assert (recipe.epochs, recipe.batch, recipe.lr, recipe.optimizer) == (200, 32, 2e-4, "adam")
+    assert (recipe.warmup, recipe.cosine, recipe.drops) == (2/25, True, ())
+    rates = [rate_factor(recipe, done) for done in (0, .04, .08, .54, .999)]
+    assert rates == pytest.approx([0, .5, 1, .5, 0], abs=1e-4)

@@ -137,11 +137,43 @@ def test_all_end_with_the_asker(number):
         asker.send_signal(number)
     assert waited(lambda: not any(works(pid) for pid in pids))
 
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    "A function: a warm process that has imported a module with this code."
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    opened = []
+    def make(code):
+        (tmp_path/"drawn_module.py").write_text(textwrap.dedent(code))
+        opened.append(WarmProcess(["drawn_module"]))
+        return opened[-1]
+    yield make
+    for warm in opened: warm.close()
+
+def test_where_no_process_can_be_started_it_says_so_and_goes_on(imported):
+    warm = imported("""
+        import os
+        original = os.fork
+        def refuses():
+            os.fork = original
+            raise BlockingIOError(11, "no room")
+        os.fork = refuses
+        """)
+    with pytest.raises(processes.TrainingError, match="no room.*--jobs"): warm.start("sys:exit", 4)
+    process = warm.process
+    assert warm.start("sys:exit", 4).wait() == 4 and warm.process is process
+
+def test_a_warm_process_that_dies_at_once_is_an_error_with_a_remedy(imported):
+    warm = imported("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(processes.TrainingError, match="--jobs"): warm.start("sys:exit", 4)
+
+def test_a_module_that_cannot_be_imported_stops_nobody(imported):
+    assert imported("raise ValueError('broken')").start("sys:exit", 4).wait() == 4
+
 def test_without_fork_it_says_so(monkeypatch):
     monkeypatch.delattr(os, "fork")
     with pytest.raises(processes.SpecError, match="cannot copy a process"): WarmProcess([]).open()
 
-def test_what_is_imported_leaves_the_gpu_alone(tmp_path):
+def test_what_is_imported_leaves_the_gpu_alone():
     "A process that has used CUDA cannot be copied."
     code = """
         import torch

@@ -12,7 +12,7 @@ import atexit, importlib, os, signal, socket, subprocess, sys, tempfile, threadi
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
-from ..errors import SpecError
+from ..errors import SpecError, TrainingError
 
 # %% ../../nbs/running/58b_processes.ipynb #c4e088ad
 _lifeline = None     # of this process, where it is a child or a copy of one
@@ -96,7 +96,7 @@ def serve(
     "Import modules, then start children and tell their exit codes, until the other side is gone."
     for name in modules:
         try: importlib.import_module(name)
-        except ImportError: pass
+        except Exception: pass      # whoever needs it will say so
     connection, lifeline = Connection(fd), os.pipe()
     while True:
         try: asked = connection.recv()
@@ -180,10 +180,6 @@ class ImportedProcess:
         self.process.wait()
         self.process = None
 
-    def reopen(self):
-        "Start the process anew."
-        self.close()
-        self.open()
 
 # %% ../../nbs/running/58b_processes.ipynb #aff50b67
 class AskedProcess(ImportedProcess):
@@ -200,6 +196,7 @@ class AskedProcess(ImportedProcess):
         except BaseException:
             self.close()
             raise
+        if isinstance(answer, OSError): raise answer
         return answer
 
 # %% ../../nbs/running/58b_processes.ipynb #3c7e6d6f
@@ -209,12 +206,19 @@ class WarmProcess(AskedProcess):
         target: str,   # "module:function"
         *arguments,
     ) -> Child:
-        "Start a child that calls a function; what the function returns is its exit code."
+        """Start a child that calls a function; what the function returns is its exit code.
+
+        Raises `TrainingError` where the operating system has no room for a process.
+        """
         request, output = (target, arguments, os.getcwd(), environment_of_runs()), tempfile.TemporaryFile()
         with self.lock:
-            if self.process is None or self.process.poll() is not None: self.reopen()
-            process, pid = self.process, self.ask(request, output)
-        if isinstance(pid, OSError): raise pid
+            if self.process is None or self.process.poll() is not None:
+                self.close()
+                self.open()
+            try: process, pid = self.process, self.ask(request, output)
+            except (EOFError, OSError) as e:
+                reason, remedy = str(e) or "the warm one was killed", "free some memory, or use fewer --jobs"
+                raise TrainingError(f"no process for a run can be started ({reason})", remedy) from None
         return Child(pid, output, partial(self.exit_code_of, process))
 
     def exit_code_of(self, process, pid: int) -> int | None:
