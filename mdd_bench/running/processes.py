@@ -171,6 +171,7 @@ class ImportedProcess:
         self.process = subprocess.Popen([sys.executable, "-c", code], env=environment_of_runs(), **how)
         theirs.close()
         self.connection = Connection(ours.detach())
+        atexit.register(self.close)
 
     def close(self):
         "End the process and its children."
@@ -179,6 +180,7 @@ class ImportedProcess:
         self.process.kill()
         self.process.wait()
         self.process = None
+        atexit.unregister(self.close)
 
 
 # %% ../../nbs/running/58b_processes.ipynb #aff50b67
@@ -230,4 +232,3 @@ class WarmProcess(AskedProcess):
 
 # %% ../../nbs/running/58b_processes.ipynb #36d1fe8b
 warm_process = WarmProcess()     # of all sweeps of this process; started when it is needed
-atexit.register(warm_process.close)
