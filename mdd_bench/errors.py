@@ -19,6 +19,8 @@ class MddBenchError(Exception):
         one_line = " ".join(f"{what}. {remedy}".split())
         super().__init__(one_line)
 
+    def __reduce__(self): return type(self), (self.what, self.remedy)     # it may travel between machines
+
 # %% ../nbs/00_errors.ipynb #9cb94630
 class DataError(MddBenchError):
     "Images, masks or folders are not what they should be."

@@ -18,7 +18,7 @@ from mdd_bench.running.run import run
 from mdd_bench.running.runtime import Runtime
 from mdd_bench.running.spec import make_spec
 from mdd_bench.running.store import Store
-from mdd_bench.running.study import load_study
+from mdd_bench.running.study import load_study, notebook_parameters
 from mdd_bench.running.sweep import sweep
 from mdd_bench.running.testing import prediction_quality, predictions
 from mdd_bench.running.training import TrainingData, feed, train
@@ -695,7 +695,7 @@ def test_arms_by_name():
     assert [(arm, spec.seed) for arm, spec in named] == [("TR", 0), ("TR", 1), ("RI", 0), ("RI", 1)]
     assert names == {resolve(spec).run_id: arm for arm, spec in named}
     assert list(names.values()) == ["TR", "TR", "RI", "RI"]    # the study's order
-    assert study.notebook_parameters()["arms"] == ["TR", "RI"]
+    assert notebook_parameters(study)["arms"] == ["TR", "RI"]
     assert [spec.options["fusion"] for _, spec in named] == ["tr", "tr", "ri", "ri"]
     assert all(spec.options["decoder"] == "light" for _, spec in named)
 

@@ -797,9 +797,8 @@ def drawn_records():
 
 
 def rows_of(fig, columns):
-    "The axes of a grid as rows, without the row of the scales (colour bars have taken axes of their own)."
-    axes = [ax for ax in fig.axes if ax.get_subplotspec() is not None]
-    return [axes[start:start + columns] for start in range(0, len(axes) - columns, columns)]
+    "The axes of a grid as rows, without the row of the scales."
+    return [fig.axes[start:start + columns] for start in range(0, len(fig.axes) - columns, columns)]
 
 
 def test_one_colour_scale_per_arm_over_all_rows():

@@ -1,113 +1,203 @@
 "Several runs at once, sweeps that are killed, what is read ahead, and losses that are fetched together."
-import json, os, random, signal, subprocess, sys, threading, time
+import json, os, random, re, signal, subprocess, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from conftest import small_spec, sweep_flags
+from conftest import sweep_flags
 from tqdm import tqdm
 from mdd_bench.data.loading import AHEAD, prefetched
 from mdd_bench.errors import TrainingError
+from mdd_bench.running import cluster, training
 from mdd_bench.running import sweep as sweeping
-from mdd_bench.running import training
-from mdd_bench.running.identity import resolve
+from mdd_bench.running.cluster import threads
+from mdd_bench.running.job import Failure
 from mdd_bench.running.store import Store
-from mdd_bench.running.study import load_study
+from mdd_bench.running.sweep import Queue
+from stub_runs import Progress, log_of, planned
 
 # --- several runs at once
 
-def missing(*seeds, training_ids=None, label=None):
-    "Runs to make that no detector knows, and their labels."
-    ids = training_ids or [f"training {seed}" for seed in seeds]
-    return [(SimpleNamespace(run_id=f"run {seed}", training_id=i, spec=None), label or f"seed {seed}")
-            for seed, i in zip(seeds, ids)]
-
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    "A function: make runs by a stand-in for `make_record`, `jobs` at once; returns the failures."
-    def call(runs, stand_in, jobs=2, keep_model=False):
+    "A function: make stub runs by a stand-in for `make_record`, `jobs` at once; (failures, what was said)."
+    def call(groups, stand_in, jobs=2):
         monkeypatch.setattr(sweeping, "make_record", stand_in)
-        bar = tqdm(total=len(runs), disable=True)
-        settings = dict(keep_model=keep_model)
-        return sweeping.make_records(runs, Store(tmp_path), True, settings, jobs, bar)
+        Store(tmp_path).locks.mkdir(parents=True, exist_ok=True)
+        progress = Progress()
+        with threads([{}]*jobs) as crew: failures = Queue(groups, crew, progress).run_all()
+        return failures, progress.said
     return call
 
-def test_two_runs_are_made_at_once(make):
-    both = threading.Barrier(2, timeout=20)     # passes when two are waiting
-    def waits(resolved, store, plain, settings, show): both.wait()
-    assert make(missing(0, 1), waits) == []
+@pytest.fixture
+def runs(tmp_path):
+    "A function: stub runs with these numbers, each in a group of its own."
+    return lambda *numbers: [[planned(tmp_path, number)] for number in numbers]
 
-def test_with_one_job_no_two_runs_are_made_at_once(make):
+def failure(job): return Failure(job.spec, "a reason", Path("log"))
+
+def test_two_runs_are_made_at_once(make, runs):
+    both = threading.Barrier(2, timeout=20)     # passes when two are waiting
+    def waits(job, folder, environment, abandoned): both.wait()
+    failures, said = make(runs(0, 1), waits)
+    assert failures == [] and sorted(said) == [("run0", "done"), ("run1", "done")]
+
+def test_with_one_job_no_two_runs_are_made_at_once(make, runs):
     under_way, most = [], []
-    def counts(resolved, store, plain, settings, show):
-        under_way.append(resolved.run_id)
+    def counts(job, folder, environment, abandoned):
+        under_way.append(job.run_id)
         time.sleep(.02)
         most.append(len(under_way))
-        under_way.remove(resolved.run_id)
-    assert make(missing(0, 1, 2), counts, jobs=1) == [] and most == [1, 1, 1]
+        under_way.remove(job.run_id)
+    assert make(runs(0, 1, 2), counts, jobs=1)[0] == [] and most == [1, 1, 1]
 
-def test_runs_that_share_a_training_are_made_in_order_and_keep_their_model(make):
+def test_runs_that_share_a_training_are_made_in_order_and_keep_their_model(make, tmp_path):
     made = []
-    def notes(resolved, store, plain, settings, show): made.append((resolved.run_id, settings["keep_model"]))
-    make(missing(0, 1, 2, training_ids=["a", "b", "a"]), notes, jobs=1)
-    assert made == [("run 0", True), ("run 2", True), ("run 1", False)]
+    def notes(job, folder, environment, abandoned): made.append((job.run_id, job.settings["keep_model"]))
+    missing = [planned(tmp_path, number, training) for number, training in enumerate("aba")]
+    make(sweeping.by_training(missing), notes, jobs=1)
+    assert made == [("run0", True), ("run2", True), ("run1", False)]
 
-def test_a_failed_run_is_returned_and_the_rest_goes_on(make):
+def test_a_failed_run_is_tried_once_more_after_the_others(make, runs):
     made = []
-    def fails(resolved, store, plain, settings, show):
-        made.append(resolved.run_id)
-        return "failed" if resolved.run_id == "run 1" else None
-    assert make(missing(0, 1, 2), fails) == ["failed"] and sorted(made) == ["run 0", "run 1", "run 2"]
+    def fails_once(job, folder, environment, abandoned):
+        made.append(job.run_id)
+        return failure(job) if made.count(job.run_id) == 1 and job.run_id == "run0" else None
+    failures, said = make(runs(0, 1, 2), fails_once, jobs=1)
+    assert failures == [] and made == ["run0", "run1", "run2", "run0"]
+    assert said[0] == ("run0", "failed, and will be tried again (a reason)")
+    assert said[1:] == [("run1", "done"), ("run2", "done"), ("run0", "done")]
 
-def test_an_error_that_is_no_runs_own_stops_the_others(make):
+def test_a_run_that_fails_twice_is_returned_and_the_rest_of_its_group_goes_on(make, tmp_path):
+    made = []
+    def fails(job, folder, environment, abandoned):
+        made.append(job.run_id)
+        return failure(job) if job.run_id == "run0" else None
+    groups = sweeping.by_training([planned(tmp_path, number, "same") for number in range(2)])
+    failures, said = make(groups, fails)
+    assert [f.reason for f in failures] == ["a reason"] and made == ["run0", "run0", "run1"]
+    assert said[1:] == [("run0", "failed"), ("run1", "done")]
+
+def test_an_error_that_is_no_runs_own_stops_the_others(make, runs):
     stopped = []
-    def full_disk(resolved, store, plain, settings, show):
-        if resolved.run_id == "run 1": raise OSError("no space left")
-        try:
-            while True:
-                time.sleep(.01)
-                show(.5, "train")
-        except KeyboardInterrupt:
-            stopped.append(resolved.run_id)
-            raise
-    with pytest.raises((OSError, KeyboardInterrupt)): make(missing(0, 1, 2), full_disk)
-    assert stopped in ([], ["run 0"])     # stopped on its way, or before it started
+    def full_disk(job, folder, environment, abandoned):
+        if job.run_id == "run1": raise OSError("no space left")
+        while not abandoned(): time.sleep(.01)
+        stopped.append(job.run_id)
+    with pytest.raises(OSError, match="no space left"): make(runs(0, 1, 2), full_disk)
+    assert stopped == ["run0"]
 
-def test_after_an_interruption_no_run_is_started(make):
+def test_a_worker_that_is_lost_is_a_failure_of_its_run(make, runs):
+    def lost(job, folder, environment, abandoned): raise RuntimeError("gone")
+    failures, _ = make(runs(0), lost)
+    assert [f.reason for f in failures] == ["its worker was lost (RuntimeError)"]
+
+def test_after_an_interruption_no_run_is_started(make, runs):
     made = []
-    def interrupted(resolved, store, plain, settings, show):
-        made.append(resolved.run_id)
+    def interrupted(job, folder, environment, abandoned):
+        made.append(job.run_id)
         raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): make(missing(0, 1, 2, 3), interrupted, jobs=1)
-    assert made == ["run 0"]
+    with pytest.raises(KeyboardInterrupt): make(runs(0, 1, 2, 3), interrupted, jobs=1)
+    assert made == ["run0"]
 
-def test_runs_of_one_label_have_a_place_each_in_the_bar():
-    progress = sweeping.SweepBar(tqdm(total=2, disable=True), 2)
-    progress.show("run 0", "rd4ad, seed 0", .5, "train")
-    progress.show("run 1", "rd4ad, seed 0", .25, "train")
-    assert progress.bar.n == .75
-    progress.finish("run 0", "rd4ad, seed 0", "done")
-    assert progress.bar.n == 1.25 and list(progress.running) == ["run 1"]
+def test_each_gpu_is_given_to_one_run_at_a_time(tmp_path, monkeypatch):
+    used, most = [], []
+    def notes(job, folder, environment, abandoned):
+        used.append(environment["CUDA_VISIBLE_DEVICES"])
+        most.append(sorted(used))
+        time.sleep(.05)
+        used.remove(environment["CUDA_VISIBLE_DEVICES"])
+    monkeypatch.setattr(sweeping, "make_record", notes)
+    Store(tmp_path).locks.mkdir(parents=True)
+    places = [dict(CUDA_VISIBLE_DEVICES=number) for number in "01"]
+    groups = [[planned(tmp_path, number)] for number in range(5)]
+    with threads(places) as crew: Queue(groups, crew, Progress()).run_all()
+    assert len(most) == 5 and all(at_once in (["0"], ["1"], ["0", "1"]) for at_once in most)
+
+# --- the plan and the bar
+
+def stub_bar(tmp_path, seconds):
+    "A bar of stub runs that are expected to take these times."
+    missing = [replace(planned(tmp_path, number), seconds=s) for number, s in enumerate(seconds)]
+    return missing, sweeping.SweepBar(tqdm(total=1, disable=True), missing)
+
+def test_runs_count_by_their_expected_time(tmp_path):
+    missing, progress = stub_bar(tmp_path, [30, None, 10])     # the unknown one is taken for 20
+    progress.end(missing[2], "failed")
+    assert progress.bar.n == 0
+    progress.show([missing[0]])
+    assert progress.bar.n == pytest.approx(10/60)
+    (missing[0].job.store.folder("run0")).mkdir(parents=True)
+    (missing[0].job.store.folder("run0")/"progress").write_text("train 1 2")
+    progress.show([missing[0]])
+    assert progress.bar.n == pytest.approx((10 + 30*.45)/60)
+
+def test_without_forecasts_runs_count_alike(tmp_path):
+    missing, progress = stub_bar(tmp_path, [None, None])
+    progress.end(missing[0], "failed")
+    progress.show([])
+    assert progress.bar.n == .5
+
+def test_a_plan_says_what_is_done_and_how_long_the_rest_takes(tmp_path):
+    runs = [replace(planned(tmp_path, n), seconds=s, done=done)
+            for n, (s, done) in enumerate([(100, True), (100, False), (None, False)])]
+    lines = sweeping.describe_plan(runs, at_once=2)
+    assert [line.split()[:2] for line in lines[:3]] == [["run0", "done"], ["run1", "2"], ["run2", "unknown"]]
+    assert lines[3] == "3 runs, 1 done, 2 to make: about 50 s with 2 at once, 1 of unknown length"
 
 def test_as_many_runs_as_fit_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert sweeping.jobs_that_fit("cpu") == 2
+    assert cluster.places_here("cpu") == [{}, {}] and cluster.places_here("cpu", jobs=3) == [{}]*3
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
-    assert sweeping.jobs_that_fit("cpu") == 1
+    assert cluster.places_here("cpu") == [{}]
 
-def test_the_number_of_runs_at_once_can_be_said(tmp_path, monkeypatch):
-    asked = []
-    def notes(missing, store, plain, settings, jobs, bar):
-        asked.append(jobs)
-        return []
-    monkeypatch.setattr(sweeping, "make_records", notes)
-    spec = small_spec()
-    study = replace(load_study("benchmark"), base={}, grid={})
-    monkeypatch.setattr(type(study), "named_specs", lambda self: [sweeping.NamedSpec("", spec)])
-    for jobs in (3, None): sweeping.sweep(study, tmp_path, "cpu", plain=True, jobs=jobs)
-    assert asked == [3, sweeping.jobs_that_fit("cpu")] and not Store(tmp_path).has(resolve(spec).run_id, [])
+@pytest.mark.parametrize("visible, jobs, expected", [
+    (None, None, ["0", "1", "2"]), ("4,5", None, ["4", "5"]), ("4,5", 3, ["4", "5", "4"]), (None, 1, ["0"])])
+def test_every_gpu_is_a_place_and_those_that_are_hidden_are_none(monkeypatch, visible, jobs, expected):
+    monkeypatch.setattr(cluster, "choose_device", lambda name: torch.device(name or "cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    if visible: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    else: monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in cluster.places_here(None, jobs)] == expected
+    assert cluster.places_here("cuda:1") == [{}]
+
+# --- what a sweep finds
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_run(tmp_path, cli):
+    (tmp_path/"file").touch()
+    code, _, printed = cli("sweep", "benchmark", *sweep_flags(), "--plain", "--out", tmp_path/"file")
+    assert code == 2 and "cannot make the folder" in printed and "choose another --out" in printed
+
+def test_a_file_that_was_cut_short_is_noticed_and_the_run_is_made_anew(tmp_path, cli):
+    sweep = "sweep", "benchmark", *sweep_flags(), "--plain", "--out", tmp_path
+    assert cli(*sweep)[0] == 0
+    record, = tmp_path.glob("benchmark/runs/*/record.json")
+    history = record.parent/"history.csv"
+    whole = history.read_text()
+    history.write_text(whole[:len(whole)//2])
+    assert cli(*sweep)[0] == 0 and len(history.read_text()) == len(whole)
+    kept, = tmp_path.glob("benchmark/runs/.damaged/*/history.csv")
+    assert kept.read_text() == whole[:len(whole)//2]
+
+def test_a_study_of_ones_own_has_a_table(tmp_path, cli):
+    (tmp_path/"mine.yaml").write_text("base: {epochs: 1}\ngrid: {detector: patchcore, size: [64, 96]}")
+    small = sweep_flags()
+    del small[small.index("size=64") - 1:small.index("size=64") + 1]
+    del small[small.index("detector=rd4ad") - 1:small.index("detector=rd4ad") + 1]
+    code, printed, _ = cli("sweep", tmp_path/"mine.yaml", *small, "--out", tmp_path)
+    assert code == 0 and "| patchcore | 96 |" in printed
+    assert {path.name for path in (tmp_path/"mine").iterdir()} == {"runs", "mine_exact.csv", "mine_exact.md"}
+
+@pytest.mark.parametrize("text, words", [
+    ("base: [1]", "base in.*is .1."), ("a: {}", "unknown field"), ("{", "is no YAML"), ("", "has no fields"),
+    ("base: {sise: 1}", "unknown field of a run.*'sise'"),
+    ("grid: {detector: [nobody]}", "unknown detector")])
+def test_a_study_file_with_a_mistake_is_refused(tmp_path, cli, text, words):
+    (tmp_path/"mine.yaml").write_text(text)
+    code, _, printed = cli("sweep", tmp_path/"mine.yaml", "--out", tmp_path)
+    assert code == 2 and re.search(words, printed) and "\n" not in printed.strip()
 
 # --- sweeps that are killed
 
@@ -129,7 +219,9 @@ def start_sweep(out, *flags):
     command = [*program, "sweep", "benchmark", *grid, "--out", str(out), *flags]
     env = os.environ | dict(MARK=mark, OMP_NUM_THREADS="1")
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=env, start_new_session=True, **quiet), mark
+    def hear_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)     # which a background job ignores
+    how = dict(env=env, start_new_session=True, preexec_fn=hear_ctrl_c)
+    return subprocess.Popen(command, **how, **quiet), mark
 
 def gone(mark, seconds=10):
     "Whether all processes of a sweep are gone in time."
@@ -148,9 +240,10 @@ def check_that_it_goes_on(out, *flags):
     assert len(records_in(out)) == 4 and all(json.loads(file.read_text()) for file in records_in(out))
     assert all(file.stat().st_mtime_ns == time_of for file, time_of in before.items())
     records = {file.parent.name for file in records_in(out)}
-    names = {path.name for path in out.glob("benchmark/runs/**/*")} - records
-    kept = {".lock", "record.json", "scores.csv", "history.csv", "samples.npz", "replicates.npz", "run.ipynb"}
-    assert names <= kept and gone(mark)
+    files = {path for path in out.glob("benchmark/runs/**/*") if ".locks" not in path.parts}
+    names = {path.name for path in files} - records
+    kept = {".locks", "record.json", "scores.csv", "history.csv", "samples.npz", "replicates.npz"}
+    assert names <= kept | {"run.ipynb"} and gone(mark)
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_sweep_that_is_killed_leaves_nobody_behind_and_goes_on(tmp_path, number):
@@ -169,6 +262,49 @@ def test_ctrl_c_ends_a_sweep_within_seconds(tmp_path):
     assert process.returncode == 130 and "Traceback" not in printed
     assert printed.strip().splitlines()[-1] == "stopped; what is done is kept, start again to go on"
     assert gone(mark) and len(records_in(tmp_path)) < 4
+
+def start_stub_sweep(out, runs):
+    "A sweep of stub runs, and the word that marks its processes."
+    mark = f"mark-{os.urandom(4).hex()}"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = [sys.executable, Path(__file__).parent/"stub_runs.py", out, str(runs)]
+    env = os.environ | dict(MARK=mark, PYTHONPATH=path)
+    return subprocess.Popen(command, env=env, start_new_session=True), mark
+
+def check_stub_records(out, runs):
+    "Every record is there, whole, and nothing else is left but locks and the log."
+    records = Store(out).records()
+    assert sorted(r.id for r in records) == sorted(f"run{n}" for n in range(runs))
+    assert all(len((r.folder/"history.csv").read_text().splitlines()) == 1000 for r in records)
+    assert {path.name for r in records for path in r.folder.iterdir()} == {"history.csv", "record.json"}
+    assert {path.name for path in (out/"runs").iterdir()} == {r.id for r in records} | {".locks"}
+
+def test_two_sweeps_on_one_folder_share_the_runs(tmp_path):
+    sweeps = [start_stub_sweep(tmp_path, 12)[0] for _ in range(2)]
+    assert [sweep.wait() for sweep in sweeps] == [0, 0]
+    check_stub_records(tmp_path, 12)
+    assert sorted(run for _, run in log_of(tmp_path)) == sorted(f"run{n}" for n in range(12))     # each once
+
+@pytest.mark.slow
+def test_a_stub_sweep_that_is_killed_ten_times_loses_nothing(tmp_path):
+    moments, runs = random.Random(0), 100
+    for _ in range(10):
+        sweep, mark = start_stub_sweep(tmp_path, runs)
+        begun = len(log_of(tmp_path))
+        while len(log_of(tmp_path)) < begun + 2: time.sleep(.01)
+        time.sleep(moments.uniform(0, 1))
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/record.json")}
+        os.killpg(sweep.pid, signal.SIGKILL)
+        sweep.wait()
+        assert gone(mark)
+    assert len(before) < runs
+    sweep, mark = start_stub_sweep(tmp_path, runs)
+    assert sweep.wait() == 0 and gone(mark)
+    check_stub_records(tmp_path, runs)
+    assert all(path.stat().st_mtime_ns == time_of for path, time_of in before.items())
+    made = [run for _, run in log_of(tmp_path)]
+    killed = len(made) - runs      # runs that were begun once more
+    assert set(made) == {f"run{n}" for n in range(runs)} and 1 <= killed <= 20
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))

@@ -157,25 +157,29 @@ class FeatureStore:
         folders = [f for f in self.root.iterdir() if f.is_dir()] if self.root.is_dir() else []
         return sorted(map(read_entry, folders), key=lambda entry: entry.used)
 
-    def room(self) -> float:
+    def room(self,
+        entries: list[Entry],   # all there are
+    ) -> float:
         "How many bytes more may be stored; negative where there are too many."
-        held = sum(entry.size for entry in self.entries())
+        held = sum(entry.size for entry in entries)
         return min(self.limit - held, .9*shutil.disk_usage(self.root).free)
 
 # %% ../../nbs/parts/10a_feature_cache.ipynb #5d3bb735
 def most_room(store: FeatureStore) -> float:
     "How many bytes could be stored if all unused entries went."
-    unused = sum(entry.size for entry in store.entries() if not in_use(entry.folder))
-    return min(store.room() + unused, store.limit)
+    entries = store.entries()
+    unused = sum(entry.size for entry in entries if not in_use(entry.folder))
+    return min(store.room(entries) + unused, store.limit)
 
 def make_room(store: FeatureStore, wanted: int) -> float:
     "Remove what is unfinished, and unused entries until `wanted` bytes fit; returns the room there is."
-    unused = [entry for entry in store.entries() if not in_use(entry.folder)]
-    for entry in unused:
+    entries = store.entries()
+    for entry in [entry for entry in entries if not in_use(entry.folder)]:
         leftover = entry.folder.suffix in (UNFINISHED, SET_ASIDE)
-        if leftover or store.room() < wanted:
+        if leftover or store.room(entries) < wanted:
             shutil.rmtree(entry.folder)
-    return store.room()
+            entries.remove(entry)
+    return store.room(entries)
 
 # %% ../../nbs/parts/10a_feature_cache.ipynb #99118c13
 def level_header(shape) -> bytes:

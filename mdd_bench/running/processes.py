@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PRELOADED', 'INLINE', 'warm_process', 'kill_group', 'die_with', 'die_with_the_warm_process', 'become', 'fork_child',
-           'exit_code', 'serve', 'Child', 'threads_of_a_run', 'environment_of_runs', 'ImportedProcess', 'AskedProcess',
-           'WarmProcess']
+           'exit_code', 'Preparation', 'serve', 'Child', 'threads_of_a_run', 'environment_of_runs', 'ImportedProcess',
+           'AskedProcess', 'WarmProcess']
 
 # %% ../../nbs/running/58b_processes.ipynb #00769938
 import atexit, importlib, os, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
+from typing import NamedTuple
 from ..errors import SpecError, TrainingError
 
 # %% ../../nbs/running/58b_processes.ipynb #c4e088ad
@@ -88,6 +89,21 @@ def exit_code(pid: int) -> int | None:
     kill_group(pid)      # what it has started and left
     return os.waitstatus_to_exitcode(status)
 
+# %% ../../nbs/running/58b_processes.ipynb #1231f913
+class Preparation(NamedTuple):
+    "A call that is made in the warm process itself."
+    target: str        # "module:function"
+    arguments: tuple
+    folder: str        # where it is made
+
+    def make(self):
+        "Make the call, and forget an error, which a child will meet again."
+        module, name = self.target.split(":")
+        try:
+            os.chdir(self.folder)
+            getattr(importlib.import_module(module), name)(*self.arguments)
+        except Exception: pass
+
 # %% ../../nbs/running/58b_processes.ipynb #e4e23790
 def serve(
     fd: int,             # of the connection
@@ -102,6 +118,7 @@ def serve(
         try: asked = connection.recv()
         except EOFError: return
         if isinstance(asked, int): connection.send(exit_code(asked))
+        elif isinstance(asked, Preparation): connection.send(asked.make())
         else:
             output = recv_handle(connection)
             try: connection.send(fork_child(asked, output, lifeline, connection))
@@ -186,6 +203,12 @@ class ImportedProcess:
 # %% ../../nbs/running/58b_processes.ipynb #aff50b67
 class AskedProcess(ImportedProcess):
     "A process that answers questions, one at a time."
+    def open_again(self):
+        "Start the process if there is none, or if it has died."
+        if self.process is not None and self.process.poll() is None: return
+        self.close()
+        self.open()
+
     def ask(self,
         question,      # a process id, or what is to be done
         output=None,   # with the latter, an open file
@@ -207,17 +230,21 @@ class WarmProcess(AskedProcess):
     def start(self,
         target: str,   # "module:function"
         *arguments,
+        folder: str | None = None,        # where the child works; None: here
+        environment: dict | None = None,  # that it has beside that of all runs
+        preparation: tuple = (),          # (target, *arguments) of a call in the warm process, before
     ) -> Child:
         """Start a child that calls a function; what the function returns is its exit code.
 
         Raises `TrainingError` where the operating system has no room for a process.
         """
-        request, output = (target, arguments, os.getcwd(), environment_of_runs()), tempfile.TemporaryFile()
+        own, folder = environment_of_runs() | (environment or {}), folder or os.getcwd()
+        request, output = (target, arguments, folder, own), tempfile.TemporaryFile()
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.close()
-                self.open()
-            try: process, pid = self.process, self.ask(request, output)
+            self.open_again()
+            try:
+                if preparation: self.ask(Preparation(preparation[0], preparation[1:], folder))
+                process, pid = self.process, self.ask(request, output)
             except (EOFError, OSError) as e:
                 reason, remedy = str(e) or "the warm one was killed", "free some memory, or use fewer --jobs"
                 raise TrainingError(f"no process for a run can be started ({reason})", remedy) from None

@@ -16,7 +16,8 @@ from .provenance import provenance, utc_now
 from .reuse import add_protocols, refuse_protocols
 from .runtime import Runtime
 from .spec import RunSpec
-from .store import Record, Store, find_model, save_models, write_outcomes
+from .store import (
+    Record, Store, find_damage, find_model, save_models, set_aside, write_outcomes)
 from .testing import collect_metrics, prediction_quality
 
 # %% ../../nbs/running/58_run.ipynb #22292dd9
@@ -78,10 +79,14 @@ def run(
     runtime, store, resolved = runtime or Runtime(), Store(out), resolve(spec)
     run_id = resolved.run_id
     def kept_model(): return find_model(store, run_id, resolved.training_id)
-    def finished(): return store.has(run_id, spec.protocols) and (not keep_model or kept_model())
+    def finished():
+        sound = not find_damage(store.folder(run_id))
+        return sound and store.has(run_id, spec.protocols) and (not keep_model or kept_model())
     if finished(): return store.load(run_id)
     with store.claim(run_id) as folder:
         if finished(): return store.load(run_id)      # another process made it while we waited
+        damage = find_damage(folder)
+        if damage: set_aside(store, run_id, damage)
         model = kept_model()
         if store.has(run_id):
             record = store.load(run_id)
