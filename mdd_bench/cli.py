@@ -277,8 +277,9 @@ def make_plain_table(swept, folder: Path):
     from mdd_bench.reporting.tables import caption, summary, write_table
     grid, averaged = swept.study.grid, ("seed", "label_seed")
     axes = [name for name, values in grid.items() if len(values) > 1 and name not in averaged]
-    by = [swept.study.names()] if swept.study.arms else list(dict.fromkeys(["detector", *axes]))
-    for protocol in swept.records[0].metrics:
+    arms = [swept.study.names()] if swept.study.arms else ["detector"]
+    by = arms + [name for name in axes if name not in arms]
+    for protocol in swept.study.specs()[0].protocols:
         table, description = summary(swept.records, by, protocol), caption(swept.records, protocol, by)
         write_table(folder, f"{swept.study.name}_{protocol}", table, description)
 
@@ -292,12 +293,15 @@ def print_study(swept, folder: Path):
         print(f"       see {f.details}", file=sys.stderr)
 
 # %% ../nbs/cli.ipynb #b89cafe0
-def print_plan(study, folder: Path, plain: bool, jobs: int | None, **settings):
+def print_plan(study, folder: Path, plain: bool, jobs: int | None, scheduler: str | None, **settings):
     "Print the runs of a study, which of them are done, and how long the others will take."
-    from mdd_bench.running.cluster import places_here
+    from mdd_bench.running.cluster import client_of, places_at, places_here
     from mdd_bench.running.sweep import describe_plan, plan_sweep
-    planned, places = plan_sweep(study, folder, plain, settings), places_here(settings["device"], jobs)
-    print("\n".join(describe_plan(planned, len(places))))
+    planned = plan_sweep(study, folder, plain, settings)
+    if scheduler:
+        with client_of(scheduler) as client: places = places_at(client, scheduler)
+    else: places = places_here(settings["device"], jobs)
+    print("\n".join(describe_plan(planned, max(1, len(places)))))
 
 # %% ../nbs/cli.ipynb #ea0a03e0
 PARAMETER_HELP = ("a field of the run, where 'a,b,c' makes an axis; arms=a,b; or a parameter of a study "
@@ -335,11 +339,12 @@ def sweep(
     import mdd_bench.running.sweep as sweeping
     from mdd_bench.running.study import load_study
     chosen = load_study(study, **as_options(p, "-p"))
-    folder, settings = out/chosen.name, dict(workers=workers, cache_gb=cache_gb, keep_model=keep_model)
-    if dry_run: return print_plan(chosen, folder, plain, jobs, device=device, **settings)
-    swept = sweeping.sweep(chosen, folder, device, plain=plain, jobs=jobs, scheduler=scheduler, **settings)
+    folder = out.expanduser()/chosen.name
+    settings = dict(device=device, workers=workers, cache_gb=cache_gb, keep_model=keep_model)
+    if dry_run: return print_plan(chosen, folder, plain, jobs, scheduler, **settings)
+    swept = sweeping.sweep(chosen, folder, plain=plain, jobs=jobs, scheduler=scheduler, **settings)
     folder.mkdir(parents=True, exist_ok=True)
-    if not plain: make_tables(swept, folder, device=device or "", **settings)
+    if not plain: make_tables(swept, folder, **settings | dict(device=device or ""))
     print_study(swept, folder)
     raise typer.Exit(1 if swept.failures else 0)
 

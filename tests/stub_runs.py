@@ -22,7 +22,7 @@ def planned(out, number, training=None):
     settings = dict(device="cpu", workers=0, cache_gb=0, keep_model=False)
     ids = f"run{number}", training or f"training{number}"
     job = Job(SimpleNamespace(protocols=[]), *ids, f"stub {number}", str(out), True, settings)
-    return Planned(job, None, False, None)
+    return Planned(job, None, False, 0, None)
 
 class Progress:
     "Stands in for the bar of a sweep, and remembers what it was told."
@@ -42,7 +42,7 @@ def make_record(job, folder, environment, abandoned):
         time.sleep(.02)
     fail = (out/"fail").read_text().split() if (out/"fail").is_file() else []
     tries = sum(words[:2] == ["begin", job.run_id] for words in log_of(out))
-    if tries <= fail.count(job.run_id): return Failure(job.spec, "told to", out/"fail")
+    if tries <= fail.count(job.run_id): return Failure(job.spec, "told to", out/"fail", False)
     with job.store.claim(job.run_id): job.store.write(Record(job.run_id, {}, {}, {}, {}))
     note(out, "end", job.run_id, os.getpid())
     return None

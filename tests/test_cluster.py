@@ -2,6 +2,7 @@
 import os, signal, socket, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 from conftest import sweep_flags
 import stub_runs
@@ -144,7 +145,7 @@ with dask_at({dask_cluster.address!r}, out, []) as crew:
 
 def test_a_worker_with_another_version_is_refused_before_the_first_run(dask_cluster, tmp_path, monkeypatch):
     dask_cluster.have(1)
-    monkeypatch.setattr(cluster, "package_hash", lambda: "0123456789ab")
+    monkeypatch.setattr(cluster, "LOADED", "0123456789ab")
     with pytest.raises(SpecError, match="the worker on .* has another version of mdd_bench"):
         with dask_at(dask_cluster.address, tmp_path, []): pass
 
@@ -177,6 +178,28 @@ def test_a_cluster_in_this_process_ends_what_is_cancelled(tmp_path):
             queue.progress.show = interrupt
             queue.run_all()
     assert waited(lambda: sorted(words[0] for words in log_of(tmp_path)) == ["abandoned"]*2 + ["begin"]*2, 10)
+
+def test_a_worker_without_the_package_is_refused(monkeypatch, tmp_path):
+    class Client:
+        def __enter__(self): return self
+        def __exit__(self, *args): pass
+        def run(self, *args): raise ModuleNotFoundError("No module named 'mdd_bench.running.cluster'")
+    monkeypatch.setattr(cluster, "client_of", lambda address: Client())
+    with pytest.raises(SpecError, match="lacks this mdd_bench"):
+        with dask_at("tcp://here:1", tmp_path, []): pass
+
+def test_a_scheduler_that_does_not_answer_has_no_places_and_one_that_is_gone_is_an_error():
+    def silent(): raise OSError("no answer")
+    assert cluster.places_at(SimpleNamespace(status="connecting", nthreads=silent), "a") == []
+    with pytest.raises(SpecError, match="the scheduler at a is gone"):
+        cluster.places_at(SimpleNamespace(status="closed"), "a")
+
+def test_a_dry_run_counts_the_places_of_the_cluster(dask_cluster, tmp_path, cli):
+    dask_cluster.have(1)
+    flags = sweep_flags(detector="patchcore"), "--out", tmp_path, "--scheduler", dask_cluster.address
+    code, printed, _ = cli("sweep", "benchmark", *flags[0], *flags[1:], "--dry-run")
+    assert code == 0 and "1 runs, 0 done, 1 to make" in printed and not list(tmp_path.iterdir())
+    assert cli("sweep", "benchmark", *flags[0], *flags[1:], "--jobs", 2)[0] == 2
 
 def test_without_distributed_it_says_so(monkeypatch):
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)

@@ -16,10 +16,10 @@ from mdd_bench.running.identity import resolve
 from mdd_bench.running.provenance import split_hashes
 from mdd_bench.running.reuse import predict_maps
 from mdd_bench.running.run import run
-from mdd_bench.running.runtime import Runtime
+from mdd_bench.running.runtime import Runtime, read_progress
 from mdd_bench.running.samples import seeded_rows
 from mdd_bench.running.spec import make_spec
-from mdd_bench.running.store import Store, load_records
+from mdd_bench.running.store import Store, find_damage, load_records
 from conftest import SMALL, flags_of, small_spec
 
 pytestmark = pytest.mark.filterwarnings(
@@ -446,3 +446,20 @@ def test_real_images(real, real_weights, tmp_path):
     record = run(spec, tmp_path)
     assert record.metrics["exact"]["mean"]["I-AUROC"] > .6
     assert record.spec["classes"] == ["cookie", "hazelnut_toy"]
+
+def test_a_record_stays_sound_while_it_is_made_again(tmp_path, monkeypatch):
+    record = run(small_spec(), tmp_path)
+    history = (record.folder/"history.csv").read_bytes()
+    def fails(resolved, runtime, folder, *others):
+        (folder/"history.csv").write_text("epoch,step")
+        (folder/"checkpoint.pt").touch()
+        raise ValueError("stopped")
+    monkeypatch.setattr("mdd_bench.running.run.fit_and_test", fails)
+    with pytest.raises(ValueError, match="stopped"): run(small_spec(), tmp_path, keep_model=True)
+    assert find_damage(record.folder) is None and (record.folder/"history.csv").read_bytes() == history
+    assert read_progress(record.folder) == (0, "starting") and list(record.folder.glob("again/checkpoint.pt"))
+    monkeypatch.undo()
+    (record.folder/"again"/"checkpoint.pt").unlink()
+    again = run(small_spec(), tmp_path, keep_model=True)
+    assert again.metrics == record.metrics and find_damage(record.folder) is None
+    assert (record.folder/"model.safetensors").is_file() and not (record.folder/"again").exists()

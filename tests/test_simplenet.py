@@ -229,7 +229,7 @@ def test_the_recipe():
     r = cls.recipe
     assert (r.epochs, r.batch, r.drops, r.clip) == (100, 32, (.8,), None)
     assert (r.strides, r.backbone) == ((8, 16), "wide_resnet50_2")
-    assert full_options("simplenet", {}) == dict(noise=.1, margin=.5, hidden=1024)
+    assert full_options("simplenet", {}) == dict(noise=.3, margin=.5, hidden=1024)
     assert cls.needs == frozenset()
     for hook in ("on_epoch", "finish"):
         assert hook not in vars(cls)                    # nothing is chosen between epochs: the last one stays

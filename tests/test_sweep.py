@@ -12,8 +12,11 @@ from mdd_bench.errors import TrainingError
 from mdd_bench.running import cluster, training
 from mdd_bench.running import sweep as sweeping
 from mdd_bench.running.cluster import threads
+from mdd_bench.running.forecast import earlier_records, seconds_for
+from mdd_bench.running.inventory import inventory, prune
 from mdd_bench.running.job import Failure
-from mdd_bench.running.store import Store
+from mdd_bench.running.locks import SILENCE, ChangingHolder, Lock
+from mdd_bench.running.store import Record, Store
 from mdd_bench.running.sweep import Queue
 from stub_runs import Progress, log_of, planned
 
@@ -35,7 +38,7 @@ def runs(tmp_path):
     "A function: stub runs with these numbers, each in a group of its own."
     return lambda *numbers: [[planned(tmp_path, number)] for number in numbers]
 
-def failure(job): return Failure(job.spec, "a reason", Path("log"))
+def failure(job, final=False): return Failure(job.spec, "a reason", Path("log"), final)
 
 def test_two_runs_are_made_at_once(make, runs):
     both = threading.Barrier(2, timeout=20)     # passes when two are waiting
@@ -88,10 +91,34 @@ def test_an_error_that_is_no_runs_own_stops_the_others(make, runs):
     with pytest.raises(OSError, match="no space left"): make(runs(0, 1, 2), full_disk)
     assert stopped == ["run0"]
 
-def test_a_worker_that_is_lost_is_a_failure_of_its_run(make, runs):
-    def lost(job, folder, environment, abandoned): raise RuntimeError("gone")
-    failures, _ = make(runs(0), lost)
-    assert [f.reason for f in failures] == ["its worker was lost (RuntimeError)"]
+def test_an_impossible_run_is_not_tried_again(make, runs):
+    def impossible(job, folder, environment, abandoned): return failure(job, final=True)
+    assert make(runs(0), impossible)[1] == [("run0", "failed")]
+
+def test_an_error_in_a_worker_is_a_failure_of_its_run_and_kept(make, runs):
+    def broken(job, folder, environment, abandoned): raise RuntimeError("gone")
+    failures, _ = make(runs(0), broken)
+    assert [f.reason for f in failures] == ["RuntimeError: gone"]
+    assert "Traceback" in failures[0].details.read_text()
+
+def test_a_run_that_another_sweep_has_made_meanwhile_is_not_made_again(make, runs, tmp_path):
+    made = []
+    def makes_two(job, folder, environment, abandoned):
+        made.append(job.run_id)
+        for run_id in ("run0", "run1"):
+            with job.store.claim(run_id): job.store.write(Record(run_id, {}, {}, {}, {}))
+    _, said = make(runs(0, 1), makes_two, jobs=1)
+    assert made == ["run0"] and said == [("run0", "done"), ("run1", "made by another sweep")]
+
+def test_it_waits_for_a_run_that_another_sweep_makes(make, runs, tmp_path):
+    lock = Lock(tmp_path/"runs"/".locks"/"run0.sweep.lock")
+    lock.path.parent.mkdir(parents=True)
+    assert lock.acquire()
+    threading.Timer(1, lock.release).start()
+    started = time.process_time(), time.monotonic()
+    failures, said = make(runs(0), lambda *arguments: None)
+    assert said == [("run0", "done")] and time.monotonic() - started[1] > .9
+    assert time.process_time() - started[0] < .5     # it does not spin
 
 def test_after_an_interruption_no_run_is_started(make, runs):
     made = []
@@ -144,7 +171,7 @@ def test_a_plan_says_what_is_done_and_how_long_the_rest_takes(tmp_path):
             for n, (s, done) in enumerate([(100, True), (100, False), (None, False)])]
     lines = sweeping.describe_plan(runs, at_once=2)
     assert [line.split()[:2] for line in lines[:3]] == [["run0", "done"], ["run1", "2"], ["run2", "unknown"]]
-    assert lines[3] == "3 runs, 1 done, 2 to make: about 50 s with 2 at once, 1 of unknown length"
+    assert lines[3] == "3 runs, 1 done, 2 to make: about 2 min with 2 at once, 1 of unknown length"
 
 def test_as_many_runs_as_fit_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
@@ -162,6 +189,101 @@ def test_every_gpu_is_a_place_and_those_that_are_hidden_are_none(monkeypatch, vi
     else: monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in cluster.places_here(None, jobs)] == expected
     assert cluster.places_here("cuda:1") == [{}]
+
+# --- locks
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    "A function: the word of a process on another host, so many seconds old, beside a lock; returns its file."
+    def leave(age, path=tmp_path/"a.lock"):
+        holder = ChangingHolder(path.with_suffix(".holder"))
+        holder.me = holder.me | dict(host="another")
+        assert holder.leave()
+        os.utime(holder.path, (time.time() - age,)*2)
+        return path
+    return leave
+
+@pytest.mark.parametrize("age, free", [(0, False), (SILENCE/2, False), (SILENCE + 5, True)])
+def test_a_holder_elsewhere_is_believed_until_it_is_silent(elsewhere, age, free):
+    assert Lock(elsewhere(age)).acquire() == free
+
+def test_of_two_who_find_a_dead_holder_one_takes_the_lock(elsewhere):
+    path = elsewhere(SILENCE + 5)
+    slow, fast = Lock(path), Lock(path)
+    seen = slow.holder.read()
+    assert fast.acquire() and not slow.holder.take_away(seen)
+    assert fast.holder.read() == fast.holder.me and not slow.acquire()
+
+def test_one_who_wakes_up_late_leaves_the_word_of_the_new_holder(elsewhere, tmp_path):
+    late = ChangingHolder(tmp_path/"a.holder")
+    lock = Lock(tmp_path/"a.lock")
+    assert lock.acquire()
+    os.utime(lock.holder.path, (0, 0))
+    late.touch()
+    late.remove()
+    assert lock.holder.path.stat().st_mtime == 0 and lock.holder.read() == lock.holder.me
+
+def test_a_lock_that_a_dead_process_of_this_machine_left_is_free(tmp_path):
+    ChangingHolder(tmp_path/"a.holder").leave()
+    lock = Lock(tmp_path/"a.lock")
+    assert lock.acquire() and not Lock(tmp_path/"a.lock").acquire()
+    lock.release()
+    assert not lock.holder.path.exists() and Lock(tmp_path/"a.lock").acquire()
+
+# --- forecasts
+
+def kept(steps=100, minutes=2, train_s=60., **changes):
+    "A record of a run."
+    spec = dict(detector="rd4ad", size=64, backbone="b", setting="unified")
+    times = dict(started="2026-01-01T10:00:00Z", finished=f"2026-01-01T10:{minutes:02}:00Z")
+    provenance = times | dict(steps=steps, data_fingerprint="f") | changes
+    return Record("r", spec, {}, dict(train_s=train_s), provenance)
+
+@pytest.mark.parametrize("record, steps, seconds", [
+    (kept(), 200, 180), (kept(), 0, 60), (kept(steps=None), 500, 60), (kept(train_s=600.), 50, 420),
+    (kept(models=dict(a=dict(steps=60), b=dict(steps=40))), 200, 180)])
+def test_the_time_of_a_run_with_other_steps(record, steps, seconds):
+    assert seconds_for(record, steps) == seconds
+
+def test_records_without_their_times_are_left_out(tmp_path):
+    store = Store(tmp_path/"study")
+    odd = kept()
+    del odd.provenance["started"]
+    for run_id, record in (("a", kept()), ("b", odd)):
+        with store.claim(run_id): store.write(replace(record, id=run_id))
+    with store.claim("c") as folder: (folder/"record.json").write_text("{")
+    assert [r.id for r in earlier_records(tmp_path/"other")] == ["a"]
+
+# --- what a results folder holds
+
+def results_of(tmp_path):
+    "A results folder with a complete record, a damaged one, a log, and a folder of somebody else."
+    store, ids = Store(tmp_path/"study"), ("a"*12, "b"*12)
+    for run_id in ids:
+        with store.claim(run_id): store.write(replace(kept(), id=run_id))
+    (store.folder(ids[1])/"record.json").write_text("{")
+    (store.runs/f"{'c'*12}.log").write_text("starting\nMemoryError: too much\nend")
+    other = tmp_path/"elsewhere"/"runs"/"exp1"
+    other.mkdir(parents=True)
+    (other/"best.pt").touch()
+    return store, ids
+
+def test_results_are_listed_and_only_what_is_broken_is_pruned(tmp_path, cli):
+    store, (sound, damaged) = results_of(tmp_path)
+    code, printed, _ = cli("results", tmp_path)
+    states = [line.split()[0] for line in printed.splitlines()[:3]]
+    assert code == 0 and states == ["complete", "damaged", "failed"] and "MemoryError: too much" in printed
+    assert cli("results", tmp_path, "--prune", "--yes")[0] == 0
+    assert store.has(sound) and not store.folder(damaged).exists() and not list(store.runs.glob("*.log"))
+    assert (tmp_path/"elsewhere"/"runs"/"exp1"/"best.pt").exists()
+
+def test_what_has_changed_since_the_list_is_not_deleted(tmp_path):
+    store, (sound, damaged) = results_of(tmp_path)
+    items = inventory(tmp_path)
+    store.folder(damaged).joinpath("record.json").unlink()
+    (store.folder(damaged)/"checkpoint.pt").touch()          # somebody makes it anew
+    prune(items)
+    assert (store.folder(damaged)/"checkpoint.pt").exists()
 
 # --- what a sweep finds
 
@@ -192,8 +314,10 @@ def test_a_study_of_ones_own_has_a_table(tmp_path, cli):
 
 @pytest.mark.parametrize("text, words", [
     ("base: [1]", "base in.*is .1."), ("a: {}", "unknown field"), ("{", "is no YAML"), ("", "has no fields"),
-    ("base: {sise: 1}", "unknown field of a run.*'sise'"),
-    ("grid: {detector: [nobody]}", "unknown detector")])
+    ("base: {sise: 1}", "unknown field of a run.*'sise'"), ("base: {options: 3}", "options"),
+    ("grid: {detector: [nobody]}", "unknown detector"), ("grid: {size: []}", "size in the grid.* no values"),
+    ("grid: {options: [{a: 1}]}", "write them as arms"), ("grid: {seed: [0, many]}", "seed='many'"),
+    ("arms: {a: 3}", "the arm a in .* is 3")])
 def test_a_study_file_with_a_mistake_is_refused(tmp_path, cli, text, words):
     (tmp_path/"mine.yaml").write_text(text)
     code, _, printed = cli("sweep", tmp_path/"mine.yaml", "--out", tmp_path)
@@ -254,8 +378,9 @@ def test_a_sweep_that_is_killed_leaves_nobody_behind_and_goes_on(tmp_path, numbe
     assert gone(mark) and 1 <= len(records_in(tmp_path)) < 4
     check_that_it_goes_on(tmp_path, "--plain")
 
-def test_ctrl_c_ends_a_sweep_within_seconds(tmp_path):
-    process, mark = start_sweep(tmp_path, "--plain")
+@pytest.mark.parametrize("flags", [["--plain"], []])
+def test_ctrl_c_ends_a_sweep_within_seconds(tmp_path, flags):
+    process, mark = start_sweep(tmp_path, *flags)
     while not records_in(tmp_path): time.sleep(.01)
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=5)

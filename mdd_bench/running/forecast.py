@@ -33,7 +33,9 @@ def seconds_for(
     "How long a run would take that is like a recorded one, but for its number of steps."
     started, finished = (datetime.fromisoformat(record.provenance[k]) for k in ("started", "finished"))
     total, training, taken = (finished - started).total_seconds(), record.cost["train_s"], steps_taken(record)
-    return total + training*(steps/taken - 1) if taken else total
+    if total < training: rest = total       # the model was there, or the training had been interrupted
+    else: rest = total - training
+    return rest + (training*steps/taken if taken else 0)
 
 # %% ../../nbs/running/58d_forecast.ipynb #3656241a
 class Forecast:
@@ -46,17 +48,20 @@ class Forecast:
     def likeness(self, record: Record, resolved: Resolved) -> int:
         "In how many things that cost time a record is like a run."
         spec, backbone = resolved.spec, resolved.backbone.name
-        same = [record.spec["size"] == spec.size, record.spec["backbone"] == backbone]
-        same += [record.provenance["data_fingerprint"] == resolved.dataset.fingerprint]
-        return sum(same) + (record.spec["setting"] == spec.setting)
+        mine = dict(size=spec.size, backbone=backbone, setting=spec.setting)
+        same_data = record.provenance.get("data_fingerprint") == resolved.dataset.fingerprint
+        return same_data + sum(record.spec.get(name) == value for name, value in mine.items())
 
-    def seconds(self, resolved: Resolved) -> float | None:
+    def seconds(self,
+        resolved: Resolved,
+        steps: int,          # of the run
+    ) -> float | None:
         "The expected time of a run; None if there is no record of its detector."
-        known = [r for r in self.records if r.spec["detector"] == resolved.spec.detector]
+        known = [r for r in self.records if r.spec.get("detector") == resolved.spec.detector]
         if not known: return None
         likeness = [self.likeness(r, resolved) for r in known]
         nearest = [r for r, n in zip(known, likeness) if n == max(likeness)]
-        return median(seconds_for(r, steps_of(resolved)) for r in nearest)
+        return median(seconds_for(r, steps) for r in nearest)
 
 # %% ../../nbs/running/58d_forecast.ipynb #1588eeae
 def earlier_records(
@@ -64,9 +69,12 @@ def earlier_records(
 ) -> list[Record]:
     "The records that can be read in a study's folder and in those beside it."
     records = []
-    for path in Path(out).expanduser().absolute().parent.glob("*/runs/*/record.json"):
-        try: records.append(read_record(path.parent))
-        except StoreError: pass      # whoever needs this record will say what is wrong with it
+    for path in Path(out).absolute().parent.glob("*/runs/*/record.json"):
+        try:
+            record = read_record(path.parent)
+            seconds_for(record, 1)
+        except (StoreError, KeyError, ValueError, OSError): continue     # it says nothing of its time
+        records.append(record)
     return records
 
 # %% ../../nbs/running/58d_forecast.ipynb #19a5cb23

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONTENT', 'HASHED', 'MODEL', 'kept_file', 'Record', 'to_json', 'restore_nan', 'read_record', 'load_records',
-           'hash_file', 'make_folder', 'RecordFolders', 'Store', 'find_damage', 'set_aside', 'merge_histories',
+           'hash_file', 'make_folder', 'RecordFolders', 'Store', 'find_damage', 'quarantine', 'merge_histories',
            'write_outcomes', 'find_model', 'model_tensors', 'save_models', 'load_model']
 
 # %% ../../nbs/running/57_store.ipynb #366972f5
-import hashlib, json, shutil, warnings
+import hashlib, json, shutil, uuid, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,7 @@ def read_record(
         id, spec, metrics, cost, provenance = (content[name] for name in CONTENT)
     except FileNotFoundError:
         raise StoreError(f"no record in {folder}", "the run is not finished: start it again") from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         problem = f"cannot read {path} ({type(e).__name__})"
         raise StoreError(problem, "run the spec again: it sets the damaged record aside") from None
     return Record(id, spec, restore_nan(metrics), cost, provenance, Path(folder))
@@ -183,7 +183,7 @@ class Store(RecordFolders):
 def find_damage(
     folder: Path,   # of a record
 ) -> str | None:
-    "What is wrong with a record, if it is there: it cannot be read, or a file was changed."
+    "What is wrong with a record: it cannot be read, or a file was changed. None for a sound one, or none."
     if not (folder/"record.json").exists(): return None
     try: hashes = read_record(folder).provenance.get("files", {})
     except StoreError as e: return e.what
@@ -192,7 +192,7 @@ def find_damage(
         if path.is_file() and hash_file(path) != known: return f"{path} was changed or cut short"
     return None
 
-def set_aside(
+def quarantine(
     store: Store,
     id: str,        # of a record
     problem: str,   # that it has
@@ -200,7 +200,7 @@ def set_aside(
     "Move a damaged record to `runs/.damaged`, with a warning, and give its run an empty folder."
     kept, folder = store.runs/".damaged", store.folder(id)
     make_folder(kept)
-    target = kept/f"{id}-{len(list(kept.glob(f'{id}-*')))}"
+    target = kept/f"{id}-{uuid.uuid4().hex[:8]}"
     folder.rename(target)
     make_folder(folder)
     warnings.warn(f"{problem}; the record was moved to {target} and is made anew", stacklevel=2)
@@ -243,7 +243,7 @@ def find_model(
     candidates = [store.folder(id)/MODEL, *sorted(store.runs.glob(f"*/{MODEL}"))]
     for path in candidates:
         sound = path.is_file() and store.has(path.parent.name) and not find_damage(path.parent)
-        if sound and store.load(path.parent.name).provenance["training_id"] == training_id: return path
+        if sound and store.load(path.parent.name).provenance.get("training_id") == training_id: return path
     return None
 
 def model_tensors(

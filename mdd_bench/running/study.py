@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PATHS', 'YAML', 'SETTINGS', 'studies_folder', 'list_studies', 'study_path', 'own_options', 'detector_name',
            'grid_points', 'largest_hold_out', 'NamedSpec', 'Study', 'axis_values', 'typed_parameter', 'choose_arms',
-           'set_parameter', 'yaml_content', 'read_study', 'notebook_parameters', 'study_notebook', 'parameter_names',
-           'one_length', 'load_study', 'parameter_cell', 'given', 'describe_study']
+           'set_parameter', 'yaml_content', 'check_mapping', 'checked_axis', 'read_study', 'notebook_parameters',
+           'study_notebook', 'parameter_names', 'one_length', 'load_study', 'parameter_cell', 'given', 'describe_study']
 
 # %% ../../nbs/running/58a_study.ipynb #d1c68bef
 import itertools
@@ -174,24 +174,45 @@ def yaml_content(file: Path) -> dict:
     "What a study's file says; raises `SpecError` for one that cannot be read or says something else."
     known = [f.name for f in fields(Study) if f.name not in ("name", "file")]
     try: content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as e: raise SpecError(f"cannot read {file} ({e.strerror})", "name a YAML file") from None
+    except OSError as e: raise SpecError(f"cannot read {file} ({e.strerror})", "name another") from None
     except (UnicodeDecodeError, yaml.YAMLError) as e:
         raise SpecError(f"{file} is no YAML ({str(e).partition(chr(10))[0]})", "mend the file") from None
     if not isinstance(content, dict): raise SpecError(f"{file} has no fields", f"give it {', '.join(known)}")
     for name, value in content.items():
         if name not in known: raise unknown(f"field in {file}:", name, known)
-        if name != "question" and not isinstance(value, dict):
-            raise SpecError(f"{name} in {file} is {value!r}", f"write names and values below {name}:")
+        if name != "question": check_mapping(file, name, value)
     return content
+
+def check_mapping(file: Path, name: str, value):
+    "Raise `SpecError` for a part of a file that is not made of names and values."
+    if isinstance(value, dict): return
+    raise SpecError(f"{name} in {file} is {value!r}", f"write names and values below {name}:")
+
+# %% ../../nbs/running/58a_study.ipynb #83d56aaa
+def checked_axis(
+    file: Path,
+    declared: Option,  # of a field of RunSpec
+    value,             # one value, a list, or 'a,b,c'
+) -> list:
+    "The values of an axis in their type; raises `SpecError` for impossible ones, or none."
+    if declared.type is dict: raise SpecError(f"options in the grid of {file}", "write them as arms")
+    values = [typed_value(declared, v) for v in axis_values(declared, value) if v is not None]
+    if not values: raise SpecError(f"{declared.name} in the grid of {file} has no values", "give some")
+    return values
 
 def read_study(file: Path) -> Study:
     "The study in a YAML file; raises `SpecError` as `yaml_content`, and for a field that no run has."
     study, declared = Study(file.stem, **yaml_content(file), file=file), spec_options()
     for name in [*study.base, *study.grid]:
         if name not in declared: raise unknown(f"field of a run in {file}:", name, declared)
-    study.grid = {name: axis_values(declared[name], value) for name, value in study.grid.items()}
+    study.grid = {name: checked_axis(file, declared[name], value) for name, value in study.grid.items()}
+    study.arms = {str(name): options or {} for name, options in study.arms.items()}
+    shared = study.base.get("options")
+    if shared is not None: study.base["options"] = typed_value(declared["options"], shared)
+    for name, options in study.arms.items(): check_mapping(file, f"the arm {name}", options)
     return study
 
+# %% ../../nbs/running/58a_study.ipynb #ca857e21
 def notebook_parameters(study: Study) -> dict:
     "The values that the study's notebook is given by papermill."
     if study.parameters: return study.parameters
