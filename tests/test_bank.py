@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mdd_bench.errors import SpecError
 from mdd_bench.parts import memory
 from mdd_bench.parts.bank import coreset, how_many, k_centres, nearest, project, take
-from mdd_bench.running.sweep import execute_study, load_study
+from mdd_bench.running.study import load_study
+from mdd_bench.running.sweep import execute_study
 
 def noise(n, d, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))

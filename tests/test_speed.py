@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from mdd_bench.errors import SpecError
-from mdd_bench.running.sweep import execute_study, load_study, study_path, sweep
+from mdd_bench.running.study import load_study, study_path
+from mdd_bench.running.sweep import execute_study, sweep
 
 SMOKE = dict(maps=6, size=48, repeats=1, threads=1, memory="20,40", parts="")
 SMALL = dict(data="embedded-v1-smoke", classes="gear,tile", size=64, weights="random", backbone="resnet18")
