@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRELOADED', 'INLINE', 'warm_process', 'kill_group', 'die_with', 'die_with_the_warm_process', 'become', 'fork_child',
-           'exit_code', 'Preparation', 'serve', 'Child', 'threads_of_a_run', 'environment_of_runs', 'ImportedProcess',
-           'AskedProcess', 'WarmProcess']
+           'exit_code', 'Preparation', 'answer', 'serve', 'Child', 'threads_of_a_run', 'environment_of_runs',
+           'ImportedProcess', 'AskedProcess', 'WarmProcess']
 
 # %% ../../nbs/running/58b_processes.ipynb #00769938
 import atexit, importlib, os, signal, socket, subprocess, sys, tempfile, threading, time, traceback
@@ -105,6 +105,17 @@ class Preparation(NamedTuple):
         except Exception: pass
 
 # %% ../../nbs/running/58b_processes.ipynb #e4e23790
+def answer(connection: Connection, lifeline: tuple):
+    "Answer one question."
+    asked = connection.recv()
+    if isinstance(asked, int): connection.send(exit_code(asked))
+    elif isinstance(asked, Preparation): connection.send(asked.make())
+    else:
+        output = recv_handle(connection)
+        try: told = fork_child(asked, output, lifeline, connection)
+        except OSError as e: told = e
+        connection.send(told)
+
 def serve(
     fd: int,             # of the connection
     modules: list[str],  # to be imported first, as far as they are installed
@@ -114,15 +125,9 @@ def serve(
         try: importlib.import_module(name)
         except Exception: pass      # whoever needs it will say so
     connection, lifeline = Connection(fd), os.pipe()
-    while True:
-        try: asked = connection.recv()
-        except EOFError: return
-        if isinstance(asked, int): connection.send(exit_code(asked))
-        elif isinstance(asked, Preparation): connection.send(asked.make())
-        else:
-            output = recv_handle(connection)
-            try: connection.send(fork_child(asked, output, lifeline, connection))
-            except OSError as e: connection.send(e)
+    try:
+        while True: answer(connection, lifeline)
+    except (EOFError, ConnectionError): os._exit(0)     # at once, not tidying up: the children wait for it
 
 # %% ../../nbs/running/58b_processes.ipynb #08c535da
 class Child:
