@@ -436,8 +436,8 @@ def score_patches(
 class DMAD(DMADBanks):
     "A bank of normal and one of abnormal patches; two experts correct the distance (after arXiv 2403.12362)."
     revision = 2
-    recipe = Recipe(epochs=20, batch=32, optimizer="adamw", lr=1e-3, weight_decay=1e-5, drops=(.6, .85),
-                    strides=(8, 16))
+    recipe = Recipe(epochs=20, converged=510, batch=32, optimizer="adamw", lr=1e-3, weight_decay=1e-5,
+                    drops=(.6, .85), strides=(8, 16))
 
     def losses(self, batch):
         with torch.autocast(self.weight.device.type, enabled=False):     # distances are long sums
