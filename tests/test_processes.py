@@ -69,6 +69,31 @@ def test_the_threads_of_a_run_are_those_of_the_environment(monkeypatch, said, th
     else: monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert threads_of_a_run() == threads
 
+def test_what_is_prepared_is_there_for_all_children(warm):
+    "And a preparation that fails harms nobody."
+    ahead = "builtins:exec", "import json; json.prepared = 3"
+    shows = "builtins:exec", "import json; print(getattr(json, 'prepared', None))"
+    assert printed_by(warm.start(*shows, preparation=ahead)) == printed_by(warm.start(*shows)) == "3\n"
+    assert printed_by(warm.start(*shows, preparation=("nothing:at_all",))) == "3\n"
+
+def test_the_backbone_of_a_sweep_is_built_once():
+    "The copies of a process that has built it ahead do not build it again."
+    code = """
+        import sys
+        sys.path.insert(0, TESTS)
+        import torch
+        from conftest import small_spec
+        from mdd_bench.running import identity
+        threads = torch.get_num_threads()
+        identity.build_ahead(small_spec())
+        built = identity.remembered_backbone.cache_info()
+        identity.load_backbone(small_spec(), identity.detector_class("rd4ad").recipe)
+        again = identity.remembered_backbone.cache_info()
+        assert (built.misses, again.misses, again.hits) == (1, 1, 1) and torch.get_num_threads() == threads
+        """
+    program = f"TESTS = {str(Path(__file__).parent)!r}\n" + textwrap.dedent(code)
+    subprocess.run([sys.executable, "-c", program], check=True)
+
 def test_memory_is_a_childs_own(start):
     greedy = """
         import resource

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from mdd_bench.data.catalog import cache_dir
 from mdd_bench.data.synthetic import write_embedded
+from mdd_bench.parts import feature_cache
 from mdd_bench.parts.backbone import Backbone
 from mdd_bench.parts.feature_cache import (
     MANIFEST, FeatureStore, clean_features, clear_store, open_feature_cache)
@@ -74,6 +75,17 @@ def test_a_part_of_a_set_is_stored_and_later_all_of_it(tmp_path):
     assert len(open_set(tmp_path, limit_gb=KILOBYTE*6, backbone=again)) == stored and again.seen == 0
     assert open_set(tmp_path).complete
     assert open_set(tmp_path/"other", limit_gb=KILOBYTE) is None and not names(tmp_path/"other")
+
+def test_each_entry_is_looked_at_a_few_times_however_many_there_are(tmp_path, monkeypatch):
+    looked = []
+    read_entry = feature_cache.read_entry
+    def counting(folder):
+        looked.append(folder.name)
+        return read_entry(folder)
+    for number in range(12): del open_set(tmp_path, f"set {number}").levels
+    monkeypatch.setattr(feature_cache, "read_entry", counting)
+    open_set(tmp_path, "set 0")
+    assert max(map(looked.count, set(looked))) <= 4
 
 # --- damage
 

@@ -15,7 +15,7 @@ from mdd_bench.running.cluster import threads
 from mdd_bench.running.forecast import earlier_records, seconds_for
 from mdd_bench.running.inventory import inventory, prune
 from mdd_bench.running.job import Failure
-from mdd_bench.running.locks import SILENCE, ChangingHolder, Lock
+from mdd_bench.running.locks import SILENCE, Holder, Lock, take_away
 from mdd_bench.running.store import Record, Store
 from mdd_bench.running.sweep import Queue
 from stub_runs import Progress, log_of, planned
@@ -196,7 +196,7 @@ def test_every_gpu_is_a_place_and_those_that_are_hidden_are_none(monkeypatch, vi
 def elsewhere(tmp_path):
     "A function: the word of a process on another host, so many seconds old, beside a lock; returns its file."
     def leave(age, path=tmp_path/"a.lock"):
-        holder = ChangingHolder(path.with_suffix(".holder"))
+        holder = Holder(path.with_suffix(".holder"))
         holder.me = holder.me | dict(host="another")
         assert holder.leave()
         os.utime(holder.path, (time.time() - age,)*2)
@@ -211,11 +211,11 @@ def test_of_two_who_find_a_dead_holder_one_takes_the_lock(elsewhere):
     path = elsewhere(SILENCE + 5)
     slow, fast = Lock(path), Lock(path)
     seen = slow.holder.read()
-    assert fast.acquire() and not slow.holder.take_away(seen)
+    assert fast.acquire() and not take_away(path.with_suffix(".holder"), seen)
     assert fast.holder.read() == fast.holder.me and not slow.acquire()
 
 def test_one_who_wakes_up_late_leaves_the_word_of_the_new_holder(elsewhere, tmp_path):
-    late = ChangingHolder(tmp_path/"a.holder")
+    late = Holder(tmp_path/"a.holder")
     lock = Lock(tmp_path/"a.lock")
     assert lock.acquire()
     os.utime(lock.holder.path, (0, 0))
@@ -224,7 +224,7 @@ def test_one_who_wakes_up_late_leaves_the_word_of_the_new_holder(elsewhere, tmp_
     assert lock.holder.path.stat().st_mtime == 0 and lock.holder.read() == lock.holder.me
 
 def test_a_lock_that_a_dead_process_of_this_machine_left_is_free(tmp_path):
-    ChangingHolder(tmp_path/"a.holder").leave()
+    Holder(tmp_path/"a.holder").leave()
     lock = Lock(tmp_path/"a.lock")
     assert lock.acquire() and not Lock(tmp_path/"a.lock").acquire()
     lock.release()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEEN_AFTER', 'SWEPT', 'run_label', 'Planned', 'check_sweep', 'plan_sweep', 'keeping_model', 'by_training',
            'describe_plan', 'weights_of', 'expect_again', 'awaited_record', 'SweepBar', 'Underway', 'abandon',
-           'Starter', 'Settler', 'Queue', 'outcome_of', 'Swept', 'paths_of', 'crew_for', 'sweep', 'make_missing',
-           'found', 'sweep_notebook', 'without_timing', 'execute_study']
+           'Starter', 'Settler', 'Queue', 'outcome_of', 'Swept', 'records_of', 'paths_of', 'crew_for', 'sweep',
+           'make_missing', 'found', 'sweep_notebook', 'without_timing', 'execute_study']
 
 # %% ../../nbs/running/59_sweep.ipynb #1adbe548
 import json, os, sys, tempfile, time, traceback
@@ -189,6 +189,7 @@ class Starter:
     ):
         self.waiting, self.crew, self.progress = list(groups), crew, progress
         self.running: dict[Future, Underway] = {}
+        self.failures, self.tried = [], set()
 
     def start_one(self, place: int, environment: dict) -> bool:
         "Start the first run that nobody else is making; returns whether there was one."
@@ -215,14 +216,6 @@ class Starter:
 # %% ../../nbs/running/59_sweep.ipynb #85945306
 class Settler(Starter):
     "Notes how runs have ended."
-    def __init__(self,
-        groups: list[list[Planned]],
-        crew: Crew,
-        progress: SweepBar,
-    ):
-        super().__init__(groups, crew, progress)
-        self.failures, self.tried = [], set()
-
     def settle(self, future: Future, run: Underway):
         "Note how a run has ended, and put what is left of its group back in line."
         run.lock.release()
@@ -273,6 +266,10 @@ class Swept:
     records: list[Record]    # of the study's runs, old and new
     failures: list[Failure]
 
+def records_of(planned: list[Planned]) -> list[Record]:
+    "The records that are there, sound and with all their protocols."
+    return [p.job.store.load(p.job.run_id) for p in planned if p.job.has_record()]
+
 # %% ../../nbs/running/59_sweep.ipynb #cbc70024
 def paths_of(planned: list[Planned]) -> list[str]:
     "The files and folders that the runs read."
@@ -318,8 +315,7 @@ def sweep(
     missing = [p for p in planned if not p.done]
     failures = []
     if missing: failures = make_missing(missing, out, crew_for(scheduler, plain, device, jobs, missing, out))
-    records = [p.job.store.load(p.job.run_id) for p in planned if p.job.has_record()]
-    return Swept(study, out, records, failures)
+    return Swept(study, out, records_of(planned), failures)
 
 # %% ../../nbs/running/59_sweep.ipynb #d0f63ac5
 def make_missing(
@@ -341,13 +337,12 @@ def found(study: Study, out) -> Swept:
     out = Path(out)
     settings = dict(device=None, workers=0, cache_gb=0, keep_model=False)
     planned = plan_sweep(study, out, False, settings)
-    made = {p.job.run_id for p in planned if p.job.has_record()}
-    failures = []
+    records, failures = records_of(planned), []
+    made = {record.id for record in records}
     for job in (p.job for p in planned if p.job.run_id not in made):
         log = job.unfinished()[1]
         reason = failure_reason(log.read_text(encoding="utf-8")) if log.is_file() else "it was not made"
         failures.append(Failure(job.spec, reason, log, False))
-    records = [p.job.store.load(p.job.run_id) for p in planned if p.job.run_id in made]
     return Swept(study, out, records, failures)
 
 # %% ../../nbs/running/59_sweep.ipynb #d5173283
