@@ -8,10 +8,10 @@ __all__ = ['app', 'DATA_HELP', 'SkipBroken', 'LABEL_FIELDS', 'LABEL_FLAGS', 'RUN
            'Scheduler', 'StudyOut', 'INTERRUPTED', 'FULL', 'FORBIDDEN', 'NO_PLACE', 'version', 'detectors', 'protocols',
            'studies', 'datasets', 'value_name', 'flag_help', 'flag', 'keyword_parameter', 'spec_flags', 'as_options',
            'labels', 'print_record', 'run_command', 'show_step', 'pretrain', 'make_tables', 'make_plain_table',
-           'print_study', 'print_plan', 'sweep', 'results_command', 'cache', 'format_warning', 'main']
+           'print_study', 'print_plan', 'sweep', 'results_command', 'cache', 'format_warning', 'end_now', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
-import errno, inspect, shutil, sys, warnings
+import atexit, errno, inspect, os, shutil, sys, warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -396,6 +396,13 @@ def format_warning(message, *details):
     "A warning in one line, written over a progress bar and without the line of code."
     return "\r" + f"warning: {message}".ljust(100) + "\n"
 
+def end_now(code: int):
+    "End this process at once: threads that still work are neither waited for nor able to abort it."
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
 def main(args: list[str] | None = None):
     "The entry point: an `MddBenchError` or an error of the disk becomes one line on stderr and exit code 2."
     warnings.formatwarning = format_warning
@@ -408,6 +415,6 @@ def main(args: list[str] | None = None):
         print(f"error: {e.filename or 'the disk'}: {e.strerror}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as e:
-        if e.code == INTERRUPTED:
-            print("stopped; what is done is kept, start again to go on", file=sys.stderr)
-        raise
+        if e.code != INTERRUPTED: raise
+        print("stopped; what is done is kept, start again to go on", file=sys.stderr)
+        end_now(INTERRUPTED)

@@ -384,7 +384,7 @@ def test_ctrl_c_ends_a_sweep_within_seconds(tmp_path, flags):
     while not records_in(tmp_path): time.sleep(.01)
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=5)
-    assert process.returncode == 130 and "Traceback" not in printed
+    assert process.returncode == 130 and "Traceback" not in printed, printed
     assert printed.strip().splitlines()[-1] == "stopped; what is done is kept, start again to go on"
     assert gone(mark) and len(records_in(tmp_path)) < 4
 

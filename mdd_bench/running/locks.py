@@ -82,7 +82,7 @@ class Lock:
     def __init__(self,
         path: Path,   # of the file; its folder is there
     ):
-        self.path, self.ended = path, threading.Event()
+        self.path, self.ended, self.thread = path, threading.Event(), None
         self.system = FileLock(path, thread_local=False)
         self.holder = Holder(path.with_suffix(".holder"))
 
@@ -99,12 +99,14 @@ class Lock:
         if not self.holder.leave():
             self.system.release()
             return False
-        threading.Thread(target=beat, args=(self.holder, self.ended), daemon=True).start()
+        self.thread = threading.Thread(target=beat, args=(self.holder, self.ended), daemon=True)
+        self.thread.start()
         return True
 
     def release(self):
         "Give the lock back."
         self.ended.set()
+        self.thread.join(timeout=1)                 # longer only where the disk does not answer
         self.holder.remove()
         self.system.release()
 
