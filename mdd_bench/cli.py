@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['app', 'DATA_HELP', 'SkipBroken', 'LABEL_FIELDS', 'LABEL_FLAGS', 'RUNTIME', 'RESULTS', 'Device', 'Workers', 'CacheGb',
            'Out', 'KeepModel', 'HEADINGS', 'RUN_FLAGS', 'PARAMETER_HELP', 'Parameters', 'Plain', 'DryRun', 'Jobs',
-           'Scheduler', 'StudyOut', 'INTERRUPTED', 'FULL', 'FORBIDDEN', 'NO_PLACE', 'version', 'detectors', 'protocols',
-           'studies', 'datasets', 'value_name', 'flag_help', 'flag', 'keyword_parameter', 'spec_flags', 'as_options',
-           'labels', 'print_record', 'run_command', 'show_step', 'pretrain', 'make_tables', 'make_plain_table',
-           'print_study', 'print_plan', 'sweep', 'results_command', 'cache', 'format_warning', 'end_now', 'main']
+           'Scheduler', 'StudyOut', 'INTERRUPTED', 'version', 'detectors', 'protocols', 'studies', 'datasets',
+           'value_name', 'flag_help', 'flag', 'keyword_parameter', 'spec_flags', 'as_options', 'labels', 'print_record',
+           'run_command', 'show_step', 'pretrain', 'make_tables', 'make_plain_table', 'print_study', 'print_plan',
+           'sweep', 'results_command', 'cache', 'format_warning', 'end_now', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
-import atexit, errno, inspect, os, shutil, sys, warnings
+import atexit, inspect, os, shutil, sys, warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 import typer
 from . import __version__
-from .errors import MddBenchError, SpecError
+from .errors import MddBenchError, SpecError, disk_errors
 from .options import Option, as_list
 from .running.spec import make_spec, spec_options
 
@@ -389,8 +389,6 @@ def cache(
 
 # %% ../nbs/cli.ipynb #a515cc21
 INTERRUPTED = 130
-FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
-NO_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST)     # a file where a folder should be, or the reverse
 
 def format_warning(message, *details):
     "A warning in one line, written over a progress bar and without the line of code."
@@ -406,13 +404,10 @@ def end_now(code: int):
 def main(args: list[str] | None = None):
     "The entry point: an `MddBenchError` or an error of the disk becomes one line on stderr and exit code 2."
     warnings.formatwarning = format_warning
-    try: app(args, prog_name="mdd_bench")
+    try:
+        with disk_errors(): app(args, prog_name="mdd_bench")
     except MddBenchError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        if e.errno not in (*FULL, *FORBIDDEN, *NO_PLACE): raise
-        print(f"error: {e.filename or 'the disk'}: {e.strerror}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as e:
         if e.code != INTERRUPTED: raise

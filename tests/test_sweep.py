@@ -1,5 +1,6 @@
 "Several runs at once, sweeps that are killed, what is read ahead, and losses that are fetched together."
 import json, os, random, re, signal, subprocess, sys, threading, time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -441,6 +442,39 @@ def test_a_sweep_of_notebooks_that_is_killed_at_any_moment_goes_on(tmp_path, see
     process.communicate()
     assert gone(mark)
     check_that_it_goes_on(tmp_path)
+
+# --- a disk that is full
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A folder on a disk of eight megabytes."
+    folder = tmp_path/"disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode: pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+def fill(folder):
+    "Leave no room on the disk of a folder; the file that takes it."
+    with suppress(OSError), (folder/"filler").open("wb", buffering=0) as file:
+        while True: file.write(bytes(4096))
+    return folder/"filler"
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
+@pytest.mark.parametrize("flags", [["--plain"], pytest.param([], marks=pytest.mark.slow)])
+def test_a_full_disk_ends_a_sweep_with_one_line_and_it_goes_on_when_there_is_room(small_disk, flags):
+    out = small_disk/"out"
+    process, mark = start_sweep(out, *flags)
+    while not records_in(out): time.sleep(.01)
+    filler = fill(small_disk)
+    _, printed = process.communicate()
+    errors = [line for line in printed.splitlines() if "error" in line.lower()]
+    assert process.returncode == 2 and "Traceback" not in printed, printed
+    assert len(errors) == 1 and "No space left on device. make room" in errors[0], printed
+    assert gone(mark) and 1 <= len(records_in(out)) < 4
+    filler.unlink()
+    check_that_it_goes_on(out, *flags)
 
 # --- what is read ahead
 

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from ..errors import MddBenchError
-from .notebooks import REFUSED
+from ..errors import DiskError, MddBenchError
+from .notebooks import NO_DISK, REFUSED, refused
 from .processes import Child, warm_process
 from .run import run
 from .runtime import Runtime, failure_reason
@@ -57,14 +57,12 @@ def run_plainly(
     spec: RunSpec,
     out: str,        # results folder
     settings: dict,  # device, workers, cache_gb, keep_model
-) -> int:            # 0, or `REFUSED`
+) -> int:            # 0, or that of `refused`
     "Make one run without a notebook; an error that the library raises on purpose is printed as one line."
     settings = dict(settings)
     keep_model = settings.pop("keep_model")
     try: run(spec, out, Runtime(**settings), keep_model)
-    except MddBenchError as e:
-        print(f"error: {e}")
-        return REFUSED
+    except MddBenchError as e: return refused(type(e), e)
     return 0
 
 # %% ../../nbs/running/58f_job.ipynb #47686819
@@ -120,12 +118,16 @@ def make_record(
     environment: dict,       # of its place, beside that of all runs
     abandoned: Callable,     # () -> whether nobody waits for it any more
 ) -> Failure | None:
-    "Make one record in a process of its own; returns None, or why there is none."
+    """Make one record in a process of its own; returns None, or why there is none.
+
+    Raises `DiskError` where the disk lets no run go on, and `Abandoned`.
+    """
     def give_up():
         if abandoned(): raise Abandoned
     ahead = "mdd_bench.running.identity:build_ahead", job.spec
     child = warm_process.start(*work_of(job), folder=folder, environment=environment, preparation=ahead)
     code = finish(child, give_up)
+    if code == NO_DISK: raise DiskError(failure_reason(child.printed()))
     if code or not job.has_record(): return write_failure(job, child.printed(), code == REFUSED)
     part, log = job.unfinished()
     log.unlink(missing_ok=True)

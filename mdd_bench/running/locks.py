@@ -31,6 +31,9 @@ class Holder:
         try:
             with open(self.path, "x") as file: file.write(json.dumps(self.me))
         except FileExistsError: return False
+        except OSError:                      # a full disk: half a word is nobody's
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def touch(self):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd
+from ..errors import disk_errors
 from .cost import add_costs
 from .identity import ModelPlan, Resolved, filled_spec, model_plans, resolve
 from .models import ModelOutcome, fit, load_fitted, test_model
@@ -83,6 +84,7 @@ def workplace(
     place.rmdir()
 
 # %% ../../nbs/running/58_run.ipynb #b37a8b6a
+@disk_errors()
 def run(
     spec: RunSpec,
     out,                             # results folder; the record is <out>/runs/<id>/

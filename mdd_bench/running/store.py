@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from ..data.splits import write_manifest
 from ..errors import StoreError
 from ..evaluation.replicates import read_replicates, write_replicates
@@ -256,7 +256,7 @@ def model_tensors(
 # %% ../../nbs/running/57_store.ipynb #f34ad241
 def save_models(folder: Path, tensors: dict) -> str:
     "Write the tensors of a run's models; returns the hash of the file."
-    save_file(tensors, folder/MODEL)
+    (folder/MODEL).write_bytes(save(tensors))      # so that a full disk is an OSError
     return hash_file(folder/MODEL)
 
 def load_model(

@@ -291,7 +291,7 @@ def save_checkpoint(path: Path, detector, optimizer, epoch: int):
     "Write detector, optimizer and the number of finished epochs, by rename."
     part = path.with_suffix(".part")
     state = dict(epoch=epoch, detector=detector.state_dict(), optimizer=optimizer.state_dict())
-    torch.save(state, part)
+    with part.open("wb") as file: torch.save(state, file)     # so that a full disk is an OSError
     part.replace(path)
 
 def load_checkpoint(path: Path, detector, optimizer) -> int:
