@@ -16,13 +16,15 @@ def log_of(out):
     file = Path(out)/"log.txt"
     return [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
 
-def planned(out, number, training=None):
-    "A stub run as a sweep plans it."
+def planned(out, number, training=None, features=None):
+    "A stub run as a sweep plans it; its backbone is known by the name of its features."
     from mdd_bench.running.sweep import Planned
     settings = dict(device="cpu", workers=0, cache_gb=0, keep_model=False)
     ids = f"run{number}", training or f"training{number}"
-    job = Job(SimpleNamespace(protocols=[]), *ids, f"stub {number}", str(out), True, settings)
-    return Planned(job, None, False, 0, None)
+    job = Job(SimpleNamespace(protocols=[], size=64), *ids, f"stub {number}", str(out), True, settings)
+    backbone = SimpleNamespace(hash=features, layers=[1])
+    resolved = SimpleNamespace(dataset=SimpleNamespace(fingerprint="0"), backbone=backbone)
+    return Planned(job, resolved, False, 0, None)
 
 class Progress:
     "Stands in for the bar of a sweep, and remembers what it was told."

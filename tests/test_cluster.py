@@ -44,8 +44,8 @@ class Cluster:
         self.address = f"tcp://127.0.0.1:{self.port}"
         self.scheduler = dask("scheduler", "--host", "127.0.0.1", "--port", self.port, folder=folder)
 
-    def add_worker(self):
-        one = "--nthreads", 1, "--no-nanny", "--local-directory", self.folder
+    def add_worker(self, *flags):
+        one = "--nthreads", 1, "--no-nanny", "--local-directory", self.folder, *flags
         self.workers.append(dask("worker", self.address, *one, folder=self.folder))
 
     def count(self):
@@ -148,6 +148,20 @@ def test_a_worker_with_another_version_is_refused_before_the_first_run(dask_clus
     monkeypatch.setattr(cluster, "LOADED", "0123456789ab")
     with pytest.raises(SpecError, match="the worker on .* has another version of mdd_bench"):
         with dask_at(dask_cluster.address, tmp_path, []): pass
+
+def test_a_worker_with_another_version_that_joins_later_is_sent_away(dask_cluster, tmp_path, recwarn):
+    dask_cluster.have(1)
+    preload = tmp_path/"other.py"
+    preload.write_text("from mdd_bench.running import cluster\ncluster.LOADED = '0123456789ab'\n")
+    with on(dask_cluster, tmp_path, range(3)) as (said, failures):
+        assert waited(lambda: len(begun(tmp_path)) == 1)
+        dask_cluster.add_worker("--preload", preload)
+        other = dask_cluster.workers[-1]
+        left = waited(lambda: other.poll() is not None)
+        (tmp_path/"go").touch()
+    assert left and failures == [] and sorted(said) == [(f"run{n}", "done") for n in range(3)]
+    assert len({pid for _, (pid,) in begun(tmp_path)}) == 1
+    assert any("another version of mdd_bench" in str(w.message) for w in recwarn)
 
 def test_a_worker_that_does_not_see_the_data_is_refused(dask_cluster, tmp_path):
     dask_cluster.have(1)

@@ -48,6 +48,12 @@ class Planned:
     steps: int             # of its training
     seconds: float | None  # that it is expected to take; None: unknown
 
+    @property
+    def features(self) -> tuple:
+        "Equal for runs that read the same features."
+        dataset, backbone = self.resolved.dataset, self.resolved.backbone
+        return dataset.fingerprint, self.job.spec.size, backbone.hash, tuple(backbone.layers)
+
 # %% ../../nbs/running/59_sweep.ipynb #b8a2369f
 def check_sweep(
     study: Study,
@@ -170,6 +176,11 @@ class Underway(NamedTuple):
     place: int             # its number
     lock: Lock
 
+    def is_filling(self) -> bool:
+        "Whether the features of its images may not be in the store yet."
+        _, stage = read_progress(self.first.job.store.folder(self.first.job.run_id))
+        return stage in ("starting", "features")
+
 def abandon(
     running: dict[Future, Underway],
     crew: Crew,
@@ -191,9 +202,14 @@ class Starter:
         self.running: dict[Future, Underway] = {}
         self.failures, self.tried = [], set()
 
+    def in_order(self) -> list[list[Planned]]:
+        "The waiting groups; those come last whose features are being computed by a run under way."
+        filling = {run.first.features for run in self.running.values() if run.is_filling()}
+        return sorted(self.waiting, key=lambda group: group[0].features in filling)
+
     def start_one(self, place: int, environment: dict) -> bool:
         "Start the first run that nobody else is making; returns whether there was one."
-        for group in self.waiting:
+        for group in self.in_order():
             first, *rest = group
             lock = Lock(first.job.store.locks/f"{first.job.run_id}.sweep.lock")
             if not lock.acquire(): continue
