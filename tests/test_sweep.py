@@ -18,7 +18,7 @@ from mdd_bench.running.inventory import inventory, prune
 from mdd_bench.running.job import Failure
 from mdd_bench.running.locks import SILENCE, Holder, Lock, take_away
 from mdd_bench.running.store import Record, Store
-from mdd_bench.running.sweep import Queue, Underway
+from mdd_bench.running.sweep import Queue, Underway, in_order
 from stub_runs import Progress, log_of, planned
 
 # --- several runs at once
@@ -66,12 +66,11 @@ def test_runs_that_share_a_training_are_made_in_order_and_keep_their_model(make,
 @pytest.mark.parametrize("stage, order", [("features", [2, 1]), ("train", [1, 2])])
 def test_runs_on_other_features_come_first_while_these_are_computed(tmp_path, stage, order):
     (first,), *waiting = [[planned(tmp_path, number, features=name)] for number, name in enumerate("aab")]
-    queue = Queue(waiting, None, None)
-    queue.running["its future"] = Underway(first, [], 0, None)
+    running = {"its future": Underway(first, [], 0, None)}
     place = first.job.store.folder(first.job.run_id)
     place.mkdir(parents=True)
     (place/"progress").write_text(f"{stage} 1 2")
-    assert [group[0].job.run_id for group in queue.in_order()] == [f"run{n}" for n in order]
+    assert [group[0].job.run_id for group in in_order(waiting, running)] == [f"run{n}" for n in order]
 
 def test_a_failed_run_is_tried_once_more_after_the_others(make, runs):
     made = []

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEEN_AFTER', 'SWEPT', 'run_label', 'Planned', 'check_sweep', 'plan_sweep', 'keeping_model', 'by_training',
            'describe_plan', 'weights_of', 'expect_again', 'awaited_record', 'SweepBar', 'Underway', 'abandon',
-           'Starter', 'Settler', 'Queue', 'outcome_of', 'Swept', 'records_of', 'paths_of', 'crew_for', 'sweep',
-           'make_missing', 'found', 'sweep_notebook', 'without_timing', 'execute_study']
+           'in_order', 'Starter', 'Settler', 'Queue', 'outcome_of', 'Swept', 'records_of', 'paths_of', 'crew_for',
+           'sweep', 'make_missing', 'found', 'sweep_notebook', 'without_timing', 'execute_study']
 
 # %% ../../nbs/running/59_sweep.ipynb #1adbe548
 import json, os, sys, tempfile, time, traceback
@@ -190,6 +190,15 @@ def abandon(
     if running: crew.stop()
     for run in running.values(): run.lock.release()
 
+# %% ../../nbs/running/59_sweep.ipynb #3d5503ce
+def in_order(
+    waiting: list[list[Planned]],
+    running: dict[Future, Underway],
+) -> list[list[Planned]]:
+    "The waiting groups; those come last whose features are being computed by a run under way."
+    filling = {run.first.features for run in running.values() if run.is_filling()}
+    return sorted(waiting, key=lambda group: group[0].features in filling)
+
 # %% ../../nbs/running/59_sweep.ipynb #6dfd0f5b
 class Starter:
     "Starts runs as long as there is a free place for one."
@@ -202,14 +211,9 @@ class Starter:
         self.running: dict[Future, Underway] = {}
         self.failures, self.tried = [], set()
 
-    def in_order(self) -> list[list[Planned]]:
-        "The waiting groups; those come last whose features are being computed by a run under way."
-        filling = {run.first.features for run in self.running.values() if run.is_filling()}
-        return sorted(self.waiting, key=lambda group: group[0].features in filling)
-
     def start_one(self, place: int, environment: dict) -> bool:
         "Start the first run that nobody else is making; returns whether there was one."
-        for group in self.in_order():
+        for group in in_order(self.waiting, self.running):
             first, *rest = group
             lock = Lock(first.job.store.locks/f"{first.job.run_id}.sweep.lock")
             if not lock.acquire(): continue
