@@ -94,6 +94,13 @@ def test_the_backbone_of_a_sweep_is_built_once():
     program = f"TESTS = {str(Path(__file__).parent)!r}\n" + textwrap.dedent(code)
     subprocess.run([sys.executable, "-c", program], check=True)
 
+def test_a_childs_garbage_collector_leaves_alone_what_is_shared(warm):
+    code = "import gc; print(len(gc.get_objects()), gc.get_freeze_count())"
+    child = warm.start("builtins:exec", code)
+    assert child.wait() == 0
+    own, frozen = map(int, child.printed().split())
+    assert own < 1000 < frozen
+
 def test_memory_is_a_childs_own(start):
     greedy = """
         import resource

@@ -8,7 +8,7 @@ __all__ = ['PRELOADED', 'INLINE', 'warm_process', 'kill_group', 'die_with', 'die
            'ImportedProcess', 'AskedProcess', 'WarmProcess']
 
 # %% ../../nbs/running/58b_processes.ipynb #00769938
-import atexit, importlib, os, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+import atexit, gc, importlib, os, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -70,6 +70,7 @@ def fork_child(
 ) -> int:                 # its process id, in the parent
     "Fork a child that leads a process group of its own."
     global _lifeline
+    gc.freeze()
     pid = os.fork()
     os.setpgid(pid, pid)      # on both sides: whoever comes first
     if pid:
@@ -124,6 +125,7 @@ def serve(
     for name in modules:
         try: importlib.import_module(name)
         except Exception: pass      # whoever needs it will say so
+    gc.collect()
     connection, lifeline = Connection(fd), os.pipe()
     try:
         while True: answer(connection, lifeline)
