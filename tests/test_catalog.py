@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from mdd_bench.data.catalog import digests, find_mask, images_in, masks_of, read_catalog, verify
-from mdd_bench.data.loading import ImageDataset, batches, load_image, load_mask
+from mdd_bench.data.images import load_image, load_mask
+from mdd_bench.data.loading import ImageDataset, batches
 from mdd_bench.errors import DataError
 
 def save(path, array):

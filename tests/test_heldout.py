@@ -10,7 +10,7 @@ from mdd_bench.data.datasets import dataset_folder
 from mdd_bench.data.heldout import (
     KINDS, LEAST_CHANGE, LEAST_PIXELS, PAIRS, draw_defect, held_out, heldout, stream, visible,
 )
-from mdd_bench.data.loading import load_image, load_mask
+from mdd_bench.data.images import load_image, load_mask
 from mdd_bench.data.synthetic import embedded
 from mdd_bench.errors import DataError, SpecError
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from mdd_bench import Runtime, make_spec, run
-from mdd_bench.data.loading import load_image
+from mdd_bench.data.images import load_image
 from mdd_bench.errors import SpecError
 from mdd_bench.parts.backbone import build_pyramid
 from mdd_bench.running.identity import resolve

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'DIGEST_VERSION', 'is_image', 'images_in', 'folders_in', 'masks_of', 'find_mask', 'Row', 'class_rows',
            'split_counts', 'Catalog', 'class_folders', 'read_catalog', 'hashed_bytes', 'digest', 'cache_dir',
-           'memo_file', 'read_memo', 'write_memo', 'digests', 'fingerprint', 'check_mask_sizes', 'verify']
+           'memo_file', 'read_memo', 'write_memo', 'digests', 'fingerprint', 'check_mask_sizes', 'oddities', 'verify']
 
 # %% ../../nbs/data/01_catalog.ipynb #a30fbe20
-import hashlib, json, os
+import hashlib, json, os, warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from PIL import Image
+from .images import image_oddity, mask_oddity, read_image
 from ..errors import DataError, unknown
 
 # %% ../../nbs/data/01_catalog.ipynb #c9e3068c
@@ -165,7 +166,7 @@ def read_catalog(
     return Catalog(root, table, files - used)
 
 # %% ../../nbs/data/01_catalog.ipynb #d2d4ac3f
-DIGEST_VERSION = 2  # raised whenever `digest` gives something else, so that remembered digests are forgotten
+DIGEST_VERSION = 3  # raised whenever `digest` gives something else, so that remembered digests are forgotten
 
 def hashed_bytes(
     image: Image.Image,  # decoded
@@ -177,17 +178,12 @@ def hashed_bytes(
     return image.mode.encode() + coloured.tobytes()
 
 def digest(
-    path: Path,  # an image file
-) -> list:       # [width, height, sha256]
-    "Decodes an image to its end and hashes it; raises `DataError` when it cannot be decoded."
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return [*image.size, hashlib.sha256(hashed_bytes(image, path)).hexdigest()]
-    except Exception as e:
-        reason = str(e).split(" /")[0] or type(e).__name__
-        raise DataError(f"unreadable image {path} ({reason})",
-                        "replace or remove the file, or pass --skip-broken") from None
+    path: Path,            # an image file
+    oddity=image_oddity,   # or `mask_oddity`
+) -> list:                 # [width, height, sha256, what looks wrong about it]
+    "Decodes an image to its end and hashes it; raises `DataError` as `read_image` does."
+    image = read_image(path)
+    return [*image.size, hashlib.sha256(hashed_bytes(image, path)).hexdigest(), oddity(image)]
 
 # %% ../../nbs/data/01_catalog.ipynb #258142e9
 def cache_dir() -> Path:
@@ -225,7 +221,8 @@ def digests(
     root: Path,        # the dataset's folder
     paths: list[str],  # of images and masks, relative to it
     broken: str,       # "raise", or "skip": leave broken files out
-) -> dict:             # path -> [width, height, sha256]
+    masks: set = frozenset(),   # which of the paths are masks
+) -> dict:             # path -> [width, height, sha256, what looks wrong]
     "Returns the `digest` of many files, remembered between calls by path, size and time of change."
     memo = memo_file(root)
     known = read_memo(memo)
@@ -234,7 +231,8 @@ def digests(
         for p in paths:
             stat = (root/p).stat()
             key = f"{p}|{stat.st_size}|{stat.st_mtime_ns}"
-            try: found[p] = fresh[key] = known.get(key) or digest(root/p)
+            oddity = mask_oddity if p in masks else image_oddity
+            try: found[p] = fresh[key] = known.get(key) or digest(root/p, oddity)
             except DataError:
                 if broken == "raise": raise
     finally:
@@ -264,16 +262,33 @@ def check_mask_sizes(
         raise DataError(f"mask {catalog.root/mask} is {mask_size}, its image {path} is {image_size}",
                         "a mask must have the size of its image")
 
+# %% ../../nbs/data/01_catalog.ipynb #b01c9f29
+def oddities(
+    table: pd.DataFrame,  # rows of a catalog
+    seen: dict,           # the digests of its images and masks
+) -> list[str]:
+    "Returns a line about the images of each class that look wrong, and one about its masks."
+    lines = []
+    for cls, rows in table.groupby("cls"):
+        for what, files in (("images", rows.path), ("masks", rows["mask"])):
+            odd = [file for file in files if file and seen[file][3]]
+            if odd: lines.append(f"{len(odd)} of the {what} of {cls} look wrong: {odd[0]} {seen[odd[0]][3]}")
+    return lines
+
 # %% ../../nbs/data/01_catalog.ipynb #79d1a31f
 def verify(
     catalog: Catalog,
     skip_broken: bool = False,  # leave unreadable images out instead of stopping
 ) -> tuple[Catalog, str]:       # the sound catalog, its fingerprint
-    "Reads every file once; raises `DataError` for a broken image or a mask whose size is not its image's."
+    """Reads every file once, and warns of what looks wrong.
+
+    Raises `DataError` for a broken image or a mask whose size is not its image's.
+    """
     table = catalog.table
     files = [p for p in [*table.path, *table["mask"]] if p]
-    seen = digests(catalog.root, files, "skip" if skip_broken else "raise")
+    seen = digests(catalog.root, files, "skip" if skip_broken else "raise", set(table["mask"]))
     sound = [path in seen and (not mask or mask in seen) for path, mask in zip(table.path, table["mask"])]
     kept = Catalog(catalog.root, table[sound].reset_index(drop=True), catalog.ignored)
     check_mask_sizes(kept, seen)
+    for warning in oddities(kept.table, seen): warnings.warn(warning, stacklevel=2)
     return kept, fingerprint(kept.table, seen)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from .catalog import is_image, IMAGE_ENDINGS
-from .loading import load_image
+from .images import load_image
 from ..errors import DataError, SpecError, unknown
 
 # %% ../../nbs/data/05_defects.ipynb #d00576af

@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 from .catalog import cache_dir, digests, folders_in, images_in
-from .loading import load_image
+from .images import load_image
 from ..errors import DataError, unknown
 
 # %% ../../nbs/data/06_heldout.ipynb #71e5fa68
@@ -281,7 +281,7 @@ def read_digests(
     except DataError as e:
         raise DataError(e.what, "replace or remove the file: --skip-broken does not reach the images "
                                 "that a heldout dataset is made of") from None
-    return {path: tuple(found[name]) for path, name in relative.items()}
+    return {path: tuple(found[name][:3]) for path, name in relative.items()}
 
 # %% ../../nbs/data/06_heldout.ipynb #40967a85
 REVISION = 1

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
-from ..data.loading import ImageDataset, load_image, load_mask
+from ..data.images import image_size, load_image, load_mask
+from ..data.loading import ImageDataset
 from ..evaluation.curves import to_numpy
 from ..evaluation.metrics import mean_over_classes
 from ..evaluation.protocols import (
@@ -83,7 +83,7 @@ def true_mask(
 ) -> np.ndarray:   # bool [H0, W0], at the size of the file
     "The mask of a test image, empty for a good one; raises `DataError` as `load_mask` does."
     if row["mask"]: return load_mask(root/row["mask"])
-    with Image.open(root/row["path"]) as image: return np.zeros(image.size[::-1], bool)
+    return np.zeros(image_size(root/row["path"]), bool)
 
 # %% ../../nbs/running/54_testing.ipynb #6ca9df77
 @dataclass

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from time_run import empty_store
 from timed_requests import answer, stay_on_cores
-from mdd_bench.data.loading import load_image
+from mdd_bench.data.images import load_image
 from mdd_bench.running.identity import model_plans, resolve
 from mdd_bench.running.models import make_detector
 from mdd_bench.running.runtime import Runtime

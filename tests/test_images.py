@@ -1,0 +1,151 @@
+"What a viewer shows is what is read; what could be seen in several ways is refused by name."
+import shutil
+import numpy as np
+import pytest
+from PIL import Image
+from mdd_bench.data.catalog import digest, read_catalog, verify
+from mdd_bench.data.images import image_size, load_image, load_mask, mask_oddity, read_image
+from mdd_bench.data.synthetic import write_embedded
+from mdd_bench.errors import DataError
+from mdd_bench.running.run import run
+from conftest import small_spec
+
+EXIF = 0x0112     # the tag of the orientation
+STORED = {        # how a camera stores a picture that a viewer turns as the number says
+    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a, -1),
+}
+
+def turned(path, number, into=None):
+    "Store a picture as a camera does that was held in another way."
+    exif = Image.Exif()
+    exif[EXIF] = number
+    stored = np.ascontiguousarray(STORED[number](np.asarray(Image.open(path))))
+    Image.fromarray(stored).save(into or path, exif=exif)
+    return into or path
+
+@pytest.fixture
+def photo(tmp_path):
+    "A picture of 12 x 20 random pixels, and its file."
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path/"photo.png")
+    return pixels, tmp_path/"photo.png"
+
+# --- orientation
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("number", STORED)
+def test_every_orientation_is_seen_upright(photo, tmp_path, number, ending):
+    pixels, path = photo
+    path = turned(path, number, tmp_path/f"turned.{ending}")
+    assert np.array_equal(load_image(path), pixels) and image_size(path) == (12, 20)
+    assert digest(path)[:2] == [20, 12]
+
+def test_a_photo_that_is_turned_has_another_content_and_the_same_as_its_upright_copy(photo, tmp_path):
+    upright = digest(photo[1])
+    assert digest(turned(photo[1], 6, tmp_path/"turned.png")) == upright
+    Image.fromarray(photo[0]).rotate(90, expand=True).save(tmp_path/"without.png")
+    assert digest(tmp_path/"without.png")[2] != upright[2]
+
+def test_a_dataset_of_turned_photos_gives_the_numbers_of_the_upright_ones(tmp_path):
+    upright = write_embedded(tmp_path/"upright", "smoke", classes=["gear"])
+    lying = shutil.copytree(upright, tmp_path/"lying")
+    for path in sorted(lying.glob("gear/t*/*/*.png")): turned(path, 6)
+    spec = dict(classes="gear", detector="patchcore")
+    first = run(small_spec(data=str(upright), **spec), tmp_path/"out")
+    second = run(small_spec(data=str(lying), **spec), tmp_path/"out")
+    assert first.metrics == second.metrics
+
+# --- masks
+
+def layer(mask, painted=255):
+    "White paint on a transparent layer."
+    pixels = np.full((*mask.shape, 4), painted, np.uint8)
+    pixels[..., 3] = 255*mask
+    return Image.fromarray(pixels)
+
+def palette(mask):
+    image = Image.fromarray(mask.astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, 200, 0, 0])
+    return image
+
+MASKS = {
+    "black and white": Image.fromarray, "numbers": lambda m: Image.fromarray(2*m.astype(np.uint8)),
+    "16 bits": lambda m: Image.fromarray(m.astype(np.uint16)*65535), "palette": palette, "layer": layer,
+    "grey layer": lambda m: layer(m).convert("LA"), "colours": lambda m: palette(m).convert("RGB"),
+}
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_is_what_a_person_sees(tmp_path, kind):
+    mask = np.zeros((20, 30), bool)
+    mask[3:9, 4:20] = True
+    MASKS[kind](mask).save(tmp_path/"mask.png")
+    assert np.array_equal(load_mask(tmp_path/"mask.png"), mask)
+    assert not mask_oddity(read_image(tmp_path/"mask.png"))
+
+@pytest.mark.parametrize("quality", [75, 95])
+def test_a_mask_as_jpeg_marks_what_is_nearer_to_white(tmp_path, quality):
+    mask = np.zeros((64, 64), bool)
+    mask[10:31, 12:50] = True
+    Image.fromarray(255*mask.astype(np.uint8)).save(tmp_path/"mask.jpg", quality=quality)
+    assert np.array_equal(load_mask(tmp_path/"mask.jpg"), mask)
+
+ODD = {
+    "is empty": np.zeros((20, 20), np.uint8),
+    "marks 96% of its image": np.pad(np.zeros((4, 4), np.uint8), 8, constant_values=255),
+    "grey levels": np.pad(np.arange(256, dtype=np.uint8).reshape(16, 16), 8),
+}
+
+@pytest.mark.parametrize("words", ODD)
+def test_a_mask_that_looks_wrong_is_named_in_a_run(tmp_path, words):
+    root = write_embedded(tmp_path/"data", "smoke", classes=["gear"])
+    mask = sorted(root.glob("gear/ground_truth/*/*.png"))[0]
+    with Image.open(mask) as image: size = image.size
+    Image.fromarray(ODD[words]).resize(size, Image.Resampling.NEAREST).save(mask)
+    warning = f"1 of the masks of gear look wrong: {mask.relative_to(root)}.*{words}"
+    with pytest.warns(UserWarning, match=warning):
+        verify(read_catalog(root))
+
+def test_an_image_of_one_level_is_named(tmp_path):
+    root = write_embedded(tmp_path/"data", "smoke", classes=["gear"])
+    image = sorted(root.glob("gear/train/good/*.png"))[0]
+    Image.new("RGB", Image.open(image).size, (7, 7, 7)).save(image)
+    with pytest.warns(UserWarning, match="1 of the images of gear look wrong: .* has a single level"):
+        verify(read_catalog(root))
+
+# --- refused by name
+
+def floats(path, pixels):
+    Image.fromarray(pixels[..., 0].astype(np.float32)/255).save(path.with_suffix(".tif"))
+def pages(path, pixels):
+    image = Image.fromarray(pixels)
+    image.save(path.with_suffix(".tif"), save_all=True, append_images=[image])
+def moving(path, pixels):
+    image = Image.fromarray(pixels)
+    image.save(path, save_all=True, append_images=[Image.fromarray(255 - pixels)])
+def cut(path, pixels):
+    Image.fromarray(pixels).save(path)
+    path.write_bytes(path.read_bytes()[:300])
+def nothing(path, pixels): path.touch()
+def text(path, pixels): path.write_text("no picture")
+
+REFUSED = {
+    floats: "holds floats.*save it with 8 or 16 bits",
+    pages: "has 2 pages. keep the one", moving: "has 2 pages",
+    cut: "unreadable image", nothing: "unreadable image", text: "unreadable image",
+}
+
+@pytest.mark.parametrize("write", REFUSED, ids=lambda write: write.__name__)
+def test_what_cannot_be_read_in_one_way_is_refused_by_name(photo, tmp_path, write):
+    write(tmp_path/"x.png", photo[0])
+    (path,) = tmp_path.glob("x.*")
+    with pytest.raises(DataError, match=REFUSED[write]) as refusal: read_image(path)
+    assert str(path) in str(refusal.value)
+
+def test_a_large_image_is_read_and_the_limit_can_be_stated(tmp_path, monkeypatch):
+    Image.new("1", (20_000, 9_500)).save(tmp_path/"large.png")      # 190 megapixels, more than Pillow allows
+    assert digest(tmp_path/"large.png")[:2] == [20_000, 9_500]
+    monkeypatch.setenv("MDD_BENCH_MEGAPIXELS", "100")
+    with pytest.raises(DataError, match="has 190 megapixels, more than 100. .*MDD_BENCH_MEGAPIXELS"):
+        digest(tmp_path/"large.png")
