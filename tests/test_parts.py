@@ -7,12 +7,14 @@ from torch import nn
 from safetensors.torch import save_file
 from mdd_bench.detectors.detector import Recipe, create_detector, full_options, list_detectors
 from mdd_bench.errors import SpecError, WeightsError
-from mdd_bench.parts.backbone import Backbone, build_pyramid, hash_weights
+from conftest import small_spec
+from mdd_bench.parts.backbone import Backbone, build_pyramid, check_axes, hash_weights
 from mdd_bench.parts.decoders import PAIRS
 from mdd_bench.parts.folding import fold_norms, same_outputs
 from mdd_bench.parts.lite0 import FILE, LITE0, lite0_file
 from mdd_bench.parts.patches import defective
-from mdd_bench.running.identity import load_backbone
+from mdd_bench.running.identity import load_backbone, resolve
+from mdd_bench.running.run import run
 from mdd_bench.running.spec import make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM")
@@ -131,6 +133,29 @@ def test_bad_layers(layers):
         Backbone("resnet18", "random", layers)
 
 # --- ImageNet weights by pip
+
+def test_a_network_with_channels_last_is_turned_round():
+    backbone = Backbone("mambaout_femto", "random", [0, 1])
+    raw = timm.create_model("mambaout_femto", features_only=True, out_indices=(0, 1)).eval()
+    raw.load_state_dict(backbone.pyramid.state_dict(), strict=False)
+    images = torch.rand(2, 3, 96, 64)
+    levels = backbone(images)
+    assert [tuple(level.shape[1:]) for level in levels] == [(48, 24, 16), (96, 12, 8)]
+    with torch.no_grad(): expected = raw((images - backbone.mean)/backbone.std)
+    for level, other in zip(levels, expected):
+        assert torch.allclose(level, other.permute(0, 3, 1, 2), atol=.02)
+
+def test_a_network_that_is_not_what_timm_says_is_refused():
+    backbone = Backbone("resnet18", "random", [1, 2])
+    backbone.channels = [64, 100]
+    with pytest.raises(SpecError, match=r"gives \(128, 8, 8\) for 64 pixels, and timm says \(100, 8, 8\)"):
+        check_axes(backbone)
+
+def test_a_network_of_one_size_says_which(tmp_path):
+    fields = dict(backbone="vit_tiny_patch16_224", weights="random", layers=None, detector="patchcore")
+    with pytest.raises(SpecError, match="size 64 with backbone 'vit_tiny_patch16_224'.*--size 224"):
+        resolve(small_spec(**fields))
+    assert run(small_spec(**fields | dict(size=224, classes=["gear"])), tmp_path).metrics
 
 def test_lite0_brings_its_network():
     backbone = load_backbone(make_spec(weights="lite0"), Recipe())

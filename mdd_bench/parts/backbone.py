@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROCEDURAL', 'NETWORKS', 'unknown_backbone', 'level_strides', 'default_layers', 'procedural_file', 'read_recipe',
-           'read_weights', 'spellings', 'fit_weights', 'hash_tensors', 'hash_weights', 'noise_images', 'signed_levels',
-           'create_pyramid', 'pretrained_pyramid', 'random_pyramid', 'named_tensors', 'check_procedural',
-           'build_pyramid', 'round_to_half', 'check_layers', 'frozen', 'Backbone']
+           'read_weights', 'spellings', 'fit_weights', 'hash_tensors', 'hash_weights', 'only_size', 'noise_images',
+           'signed_levels', 'channels_first', 'create_pyramid', 'pretrained_pyramid', 'random_pyramid', 'named_tensors',
+           'check_procedural', 'build_pyramid', 'round_to_half', 'check_layers', 'frozen', 'check_axes', 'Backbone']
 
 # %% ../../nbs/parts/10_backbone.ipynb #f4cc5234
 import difflib, hashlib, json, re, warnings
@@ -150,25 +150,41 @@ def hash_weights(
     return hash_tensors(model.state_dict())
 
 # %% ../../nbs/parts/10_backbone.ipynb #5d581b79
-def noise_images():   # [2, 3, 64, 64]
+def only_size(
+    name: str,     # a timm model
+) -> int | None:   # in pixels; None: it takes many
+    "Return the only size of image that a network takes."
+    settings = timm.get_pretrained_cfg(name)
+    return settings.input_size[-1] if settings.fixed_input_size else None
+
+def noise_images(
+    size: int = 64,   # in pixels
+):                    # [2, 3, size, size]
     "Draw images of noise, always the same, to try a network with."
-    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 @torch.no_grad()
 def signed_levels(
     model: nn.Module,   # features_only
+    size: int = 64,     # of images that it takes
 ) -> list[bool]:        # per level: does it take negative values?
     "Find out which levels of a pyramid can be negative (ours; RD4AD's ResNets cannot)."
-    return [bool((level < 0).any()) for level in model.eval()(noise_images())]
+    return [bool((level < 0).any()) for level in model.eval()(noise_images(size))]
 
 # %% ../../nbs/parts/10_backbone.ipynb #e3e42db0
+def channels_first(module, inputs, levels):
+    "A hook: levels [B, H, W, C] become [B, C, H, W]."
+    return [level.permute(0, 3, 1, 2) for level in levels]
+
 def create_pyramid(
     name: str,                 # a timm model
     layers,                    # indices of the levels
     pretrained: bool = False,  # download timm's own weights
 ) -> nn.Module:
-    "Create a timm `features_only` model with these levels."
-    return timm.create_model(name, features_only=True, out_indices=tuple(layers), pretrained=pretrained)
+    "Create a timm `features_only` model with these levels, channels first."
+    model = timm.create_model(name, features_only=True, out_indices=tuple(layers), pretrained=pretrained)
+    if getattr(model, "output_fmt", None) == "NHWC": model.register_forward_hook(channels_first)
+    return model
 
 def pretrained_pyramid(name: str, layers) -> nn.Module:
     "Create a pyramid with timm's own weights. It is a `WeightsError` when they cannot be had."
@@ -253,10 +269,23 @@ def check_layers(
 # %% ../../nbs/parts/10_backbone.ipynb #b9fc92a9
 def frozen(
     pyramid: nn.Module,  # features_only; it may be changed
+    size: int = 64,      # of images that it takes
 ) -> nn.Module:
     "Return a pyramid that computes features and nothing else: folded, channels last, without gradients."
-    folded = fold_norms(pyramid.eval(), noise_images())
+    folded = fold_norms(pyramid.eval(), noise_images(size))
     return folded.to(memory_format=torch.channels_last).requires_grad_(False)
+
+# %% ../../nbs/parts/10_backbone.ipynb #ab1d8da3
+@torch.no_grad()
+def check_axes(backbone):
+    "Refuse, with a `SpecError`, a network whose levels are not what timm says they are."
+    size = backbone.only_size or 64
+    levels = backbone.pyramid(noise_images(size))
+    for level, channels, stride in zip(levels, backbone.channels, backbone.strides):
+        given, said = tuple(level.shape[1:]), (channels, -(-size//stride), -(-size//stride))
+        if given == said: continue
+        problem = f"backbone {backbone.name!r} gives {given} for {size} pixels, and timm says {said}"
+        raise SpecError(problem, "choose another one, for example resnet18")
 
 # %% ../../nbs/parts/10_backbone.ipynb #0fdf3661
 class Backbone(nn.Module):
@@ -273,10 +302,12 @@ class Backbone(nn.Module):
         check_layers(name, self.layers, all_strides)
         pyramid = build_pyramid(name, weights, self.layers)
         self.hash = hash_weights(pyramid)
-        self.pyramid = frozen(pyramid)
+        self.only_size = only_size(name)
+        self.pyramid = frozen(pyramid, self.only_size or 64)
         self.channels = self.pyramid.feature_info.channels()
         self.strides = self.pyramid.feature_info.reduction()
-        self.signed = signed_levels(self.pyramid)
+        check_axes(self)
+        self.signed = signed_levels(self.pyramid, self.only_size or 64)
         normal = timm.get_pretrained_cfg(name)
         self.register_buffer("mean", torch.tensor(normal.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(normal.std).view(1, 3, 1, 1), persistent=False)

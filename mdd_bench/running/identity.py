@@ -161,6 +161,9 @@ def resolve(
     for name in spec.protocols: get_protocol(name)
     dataset = load_dataset(spec)
     backbone = load_backbone(spec, cls.recipe)
+    if backbone.only_size not in (None, spec.size):
+        remedy = f"it takes images of {backbone.only_size} pixels only: --size {backbone.only_size}"
+        raise SpecError(f"size {spec.size} with backbone {backbone.name!r}", remedy)
     with torch.device("meta"):
         needs = create_detector(spec.detector, backbone, len(dataset.classes), **options).needs
     check_labels(spec, dataset, needs)
