@@ -6,7 +6,9 @@ from PIL import Image
 from mdd_bench.data.catalog import digest, read_catalog, verify
 from mdd_bench.data.images import image_size, load_image, load_mask, mask_oddity, read_image
 from mdd_bench.data.synthetic import write_embedded
-from mdd_bench.errors import DataError
+from mdd_bench.errors import DataError, TrainingError
+from mdd_bench.evaluation.metrics import UndefinedMetric
+from mdd_bench.running.identity import resolve
 from mdd_bench.running.run import run
 from conftest import small_spec
 
@@ -149,3 +151,22 @@ def test_a_large_image_is_read_and_the_limit_can_be_stated(tmp_path, monkeypatch
     monkeypatch.setenv("MDD_BENCH_MEGAPIXELS", "100")
     with pytest.raises(DataError, match="has 190 megapixels, more than 100. .*MDD_BENCH_MEGAPIXELS"):
         digest(tmp_path/"large.png")
+
+# --- faults of a whole dataset
+
+def test_a_class_without_good_test_images_is_named_before_the_first_run(tmp_path):
+    root = write_embedded(tmp_path/"data", "smoke", classes=["gear", "tile"])
+    shutil.rmtree(root/"gear"/"test"/"good")
+    with pytest.warns(UndefinedMetric, match="gear has no good test images: metrics that need them are nan"):
+        resolve(small_spec(data=str(root)))
+
+def test_a_name_that_papermill_takes_for_a_number_says_so(tmp_path):
+    write_embedded(tmp_path/"data", "smoke", classes=["gear"])
+    (tmp_path/"data"/"gear").rename(tmp_path/"data"/"01")
+    with pytest.raises(DataError, match="unknown class '1'. papermill takes 01 for a number: give it by -r"):
+        read_catalog(tmp_path/"data", ["1"])
+
+def test_a_batch_norm_with_a_single_value_says_what_to_change(tmp_path):
+    spec = small_spec(classes="gear", size=32, batch=1, layers=None)
+    with pytest.raises(TrainingError, match="a single value for each channel. use a larger batch"):
+        run(spec, tmp_path)

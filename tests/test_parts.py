@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from mdd_bench.detectors.detector import Recipe, create_detector, full_options, list_detectors
 from mdd_bench.errors import SpecError, WeightsError
 from conftest import small_spec
-from mdd_bench.parts.backbone import Backbone, build_pyramid, check_axes, hash_weights
+from mdd_bench.parts.backbone import Backbone, build_pyramid, check_axes, hash_tensors, hash_weights
 from mdd_bench.parts.decoders import PAIRS
 from mdd_bench.parts.folding import fold_norms, same_outputs
 from mdd_bench.parts.lite0 import FILE, LITE0, lite0_file
@@ -112,6 +112,11 @@ def test_weights_under_timms_other_spelling(tmp_path):
     loaded = Backbone("convnext_atto", str(tmp_path/"weights.pth")).pyramid.state_dict()
     expected = whole.state_dict()["stages.1.blocks.0.conv_dw.weight"]
     assert torch.equal(loaded["stages_1.blocks.0.conv_dw.weight"], expected)
+
+def test_weights_of_a_model_on_several_gpus(tmp_path):
+    state = build_pyramid("resnet18", "random", [1, 2]).state_dict()
+    torch.save({"module." + name: tensor for name, tensor in state.items()}, tmp_path/"weights.pth")
+    assert hash_weights(build_pyramid("resnet18", tmp_path/"weights.pth", [1, 2])) == hash_tensors(state)
 
 @pytest.mark.parametrize("how", ["other network", "not a file", "missing", "code"])
 def test_weights_that_do_not_fit(tmp_path, how):

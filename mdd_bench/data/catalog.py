@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'DIGEST_VERSION', 'is_image', 'images_in', 'folders_in', 'masks_of', 'find_mask', 'Row', 'class_rows',
-           'split_counts', 'Catalog', 'class_folders', 'read_catalog', 'hashed_bytes', 'digest', 'cache_dir',
-           'memo_file', 'read_memo', 'write_memo', 'digests', 'fingerprint', 'check_mask_sizes', 'oddities', 'verify']
+           'split_counts', 'Catalog', 'class_folders', 'unknown_class', 'read_catalog', 'hashed_bytes', 'digest',
+           'cache_dir', 'memo_file', 'read_memo', 'write_memo', 'digests', 'fingerprint', 'check_mask_sizes',
+           'oddities', 'verify']
 
 # %% ../../nbs/data/01_catalog.ipynb #a30fbe20
 import hashlib, json, os, warnings
@@ -147,6 +148,17 @@ def class_folders(
         hint = f"{root} looks like a single class: give its parent and --classes {root.name}"
     raise DataError(f"no product class in {root}", hint)
 
+# %% ../../nbs/data/01_catalog.ipynb #c7e5e725
+def unknown_class(
+    name: str,      # what was asked for
+    folders: dict,  # the classes there are
+) -> DataError:     # to be raised by the caller
+    "Returns the error for a class that is not there; papermill's `-p` makes a number of a name like 01."
+    meant = [c for c in folders if c.lstrip("0") == name]
+    if not meant: return unknown("class", name, folders, DataError)
+    remedy = f"papermill takes {meant[0]} for a number: give it by -r, not by -p"
+    return DataError(f"unknown class {name!r}", remedy)
+
 # %% ../../nbs/data/01_catalog.ipynb #b66e61ce
 def read_catalog(
     root,                       # folder with one sub-folder per class
@@ -156,7 +168,7 @@ def read_catalog(
     root = Path(root).expanduser()
     folders = class_folders(root)
     for c in classes or []:
-        if c not in folders: raise unknown("class", c, folders, DataError)
+        if c not in folders: raise unknown_class(c, folders)
     chosen = [folders[c] for c in sorted(classes or folders)]
     rows = [row for folder in chosen for row in class_rows(folder)]
     table = pd.DataFrame(rows, columns=Row._fields)

@@ -104,9 +104,10 @@ def read_weights(
 def spellings(
     key: str,       # a tensor's name in a pyramid
 ) -> list[str]:     # names that a file may have for it
-    "Return a tensor's name: as it is, without the prefix `model.`, and as it was before timm cut the model."
+    "Return a tensor's name: as it is, without `model.`, as before timm's cut; and all these with `module.`."
     uncut = re.sub(r"^(\w+?)_(\d+)\.", r"\1.\2.", key)
-    return [key, key.removeprefix("model."), uncut]
+    names = [key, key.removeprefix("model."), uncut]
+    return [*names, *("module." + name for name in names)]
 
 # %% ../../nbs/parts/10_backbone.ipynb #8de681f7
 def fit_weights(
@@ -158,15 +159,16 @@ def only_size(
     return settings.input_size[-1] if settings.fixed_input_size else None
 
 def noise_images(
-    size: int = 64,   # in pixels
-):                    # [2, 3, size, size]
+    size: int | None = None,   # in pixels; None: 64
+):                             # [2, 3, size, size]
     "Draw images of noise, always the same, to try a network with."
+    size = size or 64
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 @torch.no_grad()
 def signed_levels(
-    model: nn.Module,   # features_only
-    size: int = 64,     # of images that it takes
+    model: nn.Module,          # features_only
+    size: int | None = None,   # of the images that it takes, if only one
 ) -> list[bool]:        # per level: does it take negative values?
     "Find out which levels of a pyramid can be negative (ours; RD4AD's ResNets cannot)."
     return [bool((level < 0).any()) for level in model.eval()(noise_images(size))]
@@ -239,6 +241,8 @@ def build_pyramid(
     if weights == "pretrained":
         return pretrained_pyramid(name, layers)
     if weights == "random":
+        shown = "scores show that the machinery works, not how good a method is"
+        warnings.warn(f"{name} with RANDOM weights: {shown}", stacklevel=3)
         return random_pyramid(name, layers)
     tensors = named_tensors(name, weights)
     model = create_pyramid(name, layers)
@@ -268,8 +272,8 @@ def check_layers(
 
 # %% ../../nbs/parts/10_backbone.ipynb #b9fc92a9
 def frozen(
-    pyramid: nn.Module,  # features_only; it may be changed
-    size: int = 64,      # of images that it takes
+    pyramid: nn.Module,        # features_only; it may be changed
+    size: int | None = None,   # of the images that it takes, if only one
 ) -> nn.Module:
     "Return a pyramid that computes features and nothing else: folded, channels last, without gradients."
     folded = fold_norms(pyramid.eval(), noise_images(size))
@@ -303,17 +307,14 @@ class Backbone(nn.Module):
         pyramid = build_pyramid(name, weights, self.layers)
         self.hash = hash_weights(pyramid)
         self.only_size = only_size(name)
-        self.pyramid = frozen(pyramid, self.only_size or 64)
+        self.pyramid = frozen(pyramid, self.only_size)
         self.channels = self.pyramid.feature_info.channels()
         self.strides = self.pyramid.feature_info.reduction()
         check_axes(self)
-        self.signed = signed_levels(self.pyramid, self.only_size or 64)
+        self.signed = signed_levels(self.pyramid, self.only_size)
         normal = timm.get_pretrained_cfg(name)
         self.register_buffer("mean", torch.tensor(normal.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(normal.std).view(1, 3, 1, 1), persistent=False)
-        if weights == "random":
-            warnings.warn(f"{name} with RANDOM weights: scores show that the machinery works, "
-                          "not how good a method is", stacklevel=2)
 
     def train(self, mode=True):
         return super().train(False)   # frozen, batch-norm statistics included

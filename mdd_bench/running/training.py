@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'FETCHED', 'seed_all', 'to_device', 'channels_last', 'loaded_batches', 'feed', 'store_folder',
            'cached_features', 'select', 'LabelledAnomalies', 'TrainingData', 'labelled_anomalies', 'load_training_data',
-           'make_optimizer', 'rate_factor', 'set_rates', 'check_finite', 'train_step', 'has_bfloat16',
+           'make_optimizer', 'rate_factor', 'set_rates', 'check_finite', 'few_values', 'train_step', 'has_bfloat16',
            'warn_of_imitation', 'LossTerms', 'save_checkpoint', 'load_checkpoint', 'History', 'RepeatableBatches',
            'clean_batches', 'call_hook', 'total_steps', 'train_epoch', 'train_epochs', 'train']
 
 # %% ../../nbs/running/53_training.ipynb #3901292d
 import csv, math, os, random, time, warnings
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,16 @@ def check_finite(terms: dict, epoch: int, step: int):
             remedy = "lower the learning rate of the recipe, use --precision float32, or try another --seed"
             raise TrainingError(f"loss term {name!r} is {value} at epoch {epoch}, step {step}", remedy)
 
+# %% ../../nbs/running/53_training.ipynb #2d10afee
+@contextmanager
+def few_values():
+    "Raise `TrainingError` where a batch norm is given a single value for each channel."
+    try: yield
+    except ValueError as e:
+        if "more than 1 value per channel" not in str(e): raise
+        problem = "one image of this size gives a batch norm a single value for each channel"
+        raise TrainingError(problem, "use a larger batch, or larger images") from None
+
 # %% ../../nbs/running/53_training.ipynb #d5c59b2a
 def train_step(
     detector,
@@ -239,7 +250,7 @@ def train_step(
 ) -> dict:           # the loss terms, still on the device
     "One optimizer step."
     device = batch["features"][0].device.type
-    with torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"):
+    with torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"), few_values():
         terms = detector.losses(batch)
     optimizer.zero_grad(set_to_none=True)
     sum(terms.values()).backward()
