@@ -120,6 +120,8 @@ def test_an_image_of_one_level_is_named(tmp_path):
 
 def floats(path, pixels):
     Image.fromarray(pixels[..., 0].astype(np.float32)/255).save(path.with_suffix(".tif"))
+def numbers(path, pixels):
+    Image.fromarray(pixels[..., 0].astype(np.int32)*1000).save(path.with_suffix(".tif"))
 def pages(path, pixels):
     image = Image.fromarray(pixels)
     image.save(path.with_suffix(".tif"), save_all=True, append_images=[image])
@@ -133,7 +135,7 @@ def nothing(path, pixels): path.touch()
 def text(path, pixels): path.write_text("no picture")
 
 REFUSED = {
-    floats: "holds floats.*save it with 8 or 16 bits",
+    floats: "has 32 bits.*save it with 8 or 16 bits", numbers: "has 32 bits",
     pages: "has 2 pages. keep the one", moving: "has 2 pages",
     cut: "unreadable image", nothing: "unreadable image", text: "unreadable image",
 }

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'LEVELS', 'most_megapixels', 'refuse_image', 'read_image', 'image_size', 'to_rgb', 'load_image', 'image_array',
-           'paint', 'load_mask', 'image_oddity', 'mask_oddity']
+           'paint', 'marked', 'load_mask', 'image_oddity', 'mask_oddity']
 
 # %% ../../nbs/data/00_images.ipynb #9a41ba0a
 import os
@@ -31,9 +31,9 @@ def refuse_image(
     pages = getattr(image, "n_frames", 1)
     if pages > 1 and image.format != "MPO":     # a photo with others for depth or preview behind it
         raise DataError(f"{path} has {pages} pages", "keep the one that is meant")
-    if image.mode == "F":
+    if image.mode in ("F", "I"):
         remedy = "save it with 8 or 16 bits"
-        raise DataError(f"{path} holds floats, and nothing says which are black and white", remedy)
+        raise DataError(f"{path} has 32 bits, and nothing says which values are black and white", remedy)
 
 # %% ../../nbs/data/00_images.ipynb #0788543d
 def read_image(
@@ -99,12 +99,17 @@ def paint(
     colour = values[..., :3].max(-1)
     return colour*(values[..., 3] > 0) if image.mode == "RGBA" else colour
 
+def marked(
+    image: Image.Image,  # a decoded mask
+) -> np.ndarray:         # bool [H, W]
+    "Returns what a mask marks: all that is not black; of a JPEG, all that is nearer to white."
+    return paint(image) > (127 if image.format == "JPEG" else 0)
+
 def load_mask(
     path,         # a mask file
 ) -> np.ndarray:  # bool [H, W] at the file's own resolution
     "Returns a mask as a person sees it on black; raises `DataError` as `read_image` does."
-    image = read_image(path)
-    return paint(image) > (127 if image.format in ("JPEG", "MPO") else 0)
+    return marked(read_image(path))
 
 # %% ../../nbs/data/00_images.ipynb #ad3e1a4a
 FULL, LEVELS = .9, 32     # share of a mask, and number of its grey levels, above which it looks wrong (ours)
@@ -116,8 +121,7 @@ def image_oddity(image: Image.Image) -> str:
 
 def mask_oddity(image: Image.Image) -> str:
     "Returns what looks wrong about a decoded mask; nothing for most."
-    values = paint(image)
-    share, levels = (values > 0).mean(), len(np.unique(values))
+    share, levels = marked(image).mean(), len(np.unique(paint(image)))
     if not share: return "is empty"
     if share > FULL: return f"marks {share:.0%} of its image"
     if levels > LEVELS and image.format != "JPEG": return f"has {levels} grey levels, all but black defective"
