@@ -396,10 +396,10 @@ def format_warning(message, *details):
 
 def end_now(code: int):
     "End this process at once: threads that still work are neither waited for nor able to abort it."
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr): stream.flush()
+    finally: os._exit(code)      # a closed pipe too
 
 def main(args: list[str] | None = None):
     "The entry point: an `MddBenchError` or an error of the disk becomes one line on stderr and exit code 2."

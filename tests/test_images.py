@@ -1,12 +1,12 @@
 "What a viewer shows is what is read; what could be seen in several ways is refused by name."
-import shutil
+import shutil, struct
 import numpy as np
 import pytest
 from PIL import Image
 from mdd_bench.data.catalog import digest, read_catalog, verify
 from mdd_bench.data.images import image_size, load_image, load_mask, mask_oddity, read_image
 from mdd_bench.data.synthetic import write_embedded
-from mdd_bench.errors import DataError, TrainingError
+from mdd_bench.errors import DataError, SpecError, TrainingError
 from mdd_bench.evaluation.metrics import UndefinedMetric
 from mdd_bench.running.identity import resolve
 from mdd_bench.running.run import run
@@ -76,15 +76,16 @@ MASKS = {
     "black and white": Image.fromarray, "numbers": lambda m: Image.fromarray(2*m.astype(np.uint8)),
     "16 bits": lambda m: Image.fromarray(m.astype(np.uint16)*65535), "palette": palette, "layer": layer,
     "grey layer": lambda m: layer(m).convert("LA"), "colours": lambda m: palette(m).convert("RGB"),
+    "CMYK": lambda m: Image.fromarray(255*m.astype(np.uint8)).convert("RGB").convert("CMYK"),
 }
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_a_mask_is_what_a_person_sees(tmp_path, kind):
     mask = np.zeros((20, 30), bool)
     mask[3:9, 4:20] = True
-    MASKS[kind](mask).save(tmp_path/"mask.png")
-    assert np.array_equal(load_mask(tmp_path/"mask.png"), mask)
-    assert not mask_oddity(read_image(tmp_path/"mask.png"))
+    path = tmp_path/("mask.tif" if kind == "CMYK" else "mask.png")
+    MASKS[kind](mask).save(path)
+    assert np.array_equal(load_mask(path), mask) and not mask_oddity(read_image(path))
 
 @pytest.mark.parametrize("quality", [75, 95])
 def test_a_mask_as_jpeg_marks_what_is_nearer_to_white(tmp_path, quality):
@@ -93,10 +94,20 @@ def test_a_mask_as_jpeg_marks_what_is_nearer_to_white(tmp_path, quality):
     Image.fromarray(255*mask.astype(np.uint8)).save(tmp_path/"mask.jpg", quality=quality)
     assert np.array_equal(load_mask(tmp_path/"mask.jpg"), mask)
 
+def test_a_colour_that_is_declared_transparent_marks_nothing(tmp_path):
+    mask = np.full((8, 8), 255, np.uint8)
+    mask[2:4, 2:4] = 128
+    Image.fromarray(mask).save(tmp_path/"mask.png", transparency=255)
+    assert load_mask(tmp_path/"mask.png").sum() == 4
+
+def test_a_photo_as_jpeg_among_the_masks_may_be_wrong(tmp_path):
+    Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (64, 1))).save(tmp_path/"photo.jpg")
+    assert "like a photo" in mask_oddity(read_image(tmp_path/"photo.jpg"))
+
 ODD = {
-    "is empty": np.zeros((20, 20), np.uint8),
+    "marks nothing": np.zeros((20, 20), np.uint8),
     "marks 96% of its image": np.pad(np.zeros((4, 4), np.uint8), 8, constant_values=255),
-    "grey levels": np.pad(np.arange(256, dtype=np.uint8).reshape(16, 16), 8),
+    "many grey levels": np.pad(np.arange(256, dtype=np.uint8).reshape(16, 16), 8),
 }
 
 @pytest.mark.parametrize("words", ODD)
@@ -105,7 +116,7 @@ def test_a_mask_that_looks_wrong_is_named_in_a_run(tmp_path, words):
     mask = sorted(root.glob("gear/ground_truth/*/*.png"))[0]
     with Image.open(mask) as image: size = image.size
     Image.fromarray(ODD[words]).resize(size, Image.Resampling.NEAREST).save(mask)
-    warning = f"1 of the masks of gear look wrong: {mask.relative_to(root)}.*{words}"
+    warning = f"1 masks of gear may be wrong, look at them; for example {mask}: it .*{words}"
     with pytest.warns(UserWarning, match=warning):
         verify(read_catalog(root))
 
@@ -113,7 +124,7 @@ def test_an_image_of_one_level_is_named(tmp_path):
     root = write_embedded(tmp_path/"data", "smoke", classes=["gear"])
     image = sorted(root.glob("gear/train/good/*.png"))[0]
     Image.new("RGB", Image.open(image).size, (7, 7, 7)).save(image)
-    with pytest.warns(UserWarning, match="1 of the images of gear look wrong: .* has a single level"):
+    with pytest.warns(UserWarning, match="1 images of gear may be wrong, .*: it is of a single colour"):
         verify(read_catalog(root))
 
 # --- refused by name
@@ -135,8 +146,8 @@ def nothing(path, pixels): path.touch()
 def text(path, pixels): path.write_text("no picture")
 
 REFUSED = {
-    floats: "has 32 bits.*save it with 8 or 16 bits", numbers: "has 32 bits",
-    pages: "has 2 pages. keep the one", moving: "has 2 pages",
+    floats: "holds floats.*save it with 8 bits", numbers: "holds floats, signed or 32-bit numbers",
+    pages: "has 2 pages. save the page that is meant", moving: "has 2 pages",
     cut: "unreadable image", nothing: "unreadable image", text: "unreadable image",
 }
 
@@ -146,6 +157,36 @@ def test_what_cannot_be_read_in_one_way_is_refused_by_name(photo, tmp_path, writ
     (path,) = tmp_path.glob("x.*")
     with pytest.raises(DataError, match=REFUSED[write]) as refusal: read_image(path)
     assert str(path) in str(refusal.value)
+
+def write_tiff(path, values, order):
+    "Write a grey TIFF of 16 bits by hand, in either byte order."
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 1, 273: 8 + 2 + 9*12 + 4, 277: 1, 278: height,
+            279: 2*values.size}
+    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
+    path.write_bytes(head + entries + bytes(4) + values.astype(order + "u2").tobytes())
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_tiff_of_16_bits_in_either_byte_order(tmp_path, order):
+    values = np.arange(64).reshape(8, 8)*1000
+    write_tiff(tmp_path/"x.tif", values, order)
+    assert digest(tmp_path/"x.tif")[3] == ""
+    assert np.array_equal(load_image(tmp_path/"x.tif")[..., 0], values//257)
+    assert load_mask(tmp_path/"x.tif").sum() == 63
+
+@pytest.mark.parametrize("number", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_turns_nothing(photo, tmp_path, number):
+    exif = Image.Exif()
+    exif[EXIF] = number
+    Image.fromarray(photo[0]).save(tmp_path/"x.png", exif=exif)
+    assert load_image(tmp_path/"x.png").shape[:2] == image_size(tmp_path/"x.png") == (12, 20)
+
+@pytest.mark.parametrize("told", ["lots", "nan", "0"])
+def test_a_limit_that_is_no_number_is_not_blamed_on_the_image(photo, monkeypatch, told):
+    monkeypatch.setenv("MDD_BENCH_MEGAPIXELS", told)
+    with pytest.raises(SpecError, match=f"MDD_BENCH_MEGAPIXELS is '{told}'. give a number"):
+        read_image(photo[1])
 
 def test_a_large_image_is_read_and_the_limit_can_be_stated(tmp_path, monkeypatch):
     Image.new("1", (20_000, 9_500)).save(tmp_path/"large.png")      # 190 megapixels, more than Pillow allows
@@ -165,7 +206,7 @@ def test_a_class_without_good_test_images_is_named_before_the_first_run(tmp_path
 def test_a_name_that_papermill_takes_for_a_number_says_so(tmp_path):
     write_embedded(tmp_path/"data", "smoke", classes=["gear"])
     (tmp_path/"data"/"gear").rename(tmp_path/"data"/"01")
-    with pytest.raises(DataError, match="unknown class '1'. papermill takes 01 for a number: give it by -r"):
+    with pytest.raises(DataError, match="unknown class '1'. Did you mean '01'. .papermill takes it for"):
         read_catalog(tmp_path/"data", ["1"])
 
 def test_a_batch_norm_with_a_single_value_says_what_to_change(tmp_path):

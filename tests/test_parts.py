@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from mdd_bench.detectors.detector import Recipe, create_detector, full_options, list_detectors
 from mdd_bench.errors import SpecError, WeightsError
 from conftest import small_spec
-from mdd_bench.parts.backbone import Backbone, build_pyramid, check_axes, hash_tensors, hash_weights
+from mdd_bench.parts.backbone import Backbone, build_pyramid, check_levels, hash_tensors, hash_weights
 from mdd_bench.parts.decoders import PAIRS
 from mdd_bench.parts.folding import fold_norms, same_outputs
 from mdd_bench.parts.lite0 import FILE, LITE0, lite0_file
@@ -153,8 +153,11 @@ def test_a_network_with_channels_last_is_turned_round():
 def test_a_network_that_is_not_what_timm_says_is_refused():
     backbone = Backbone("resnet18", "random", [1, 2])
     backbone.channels = [64, 100]
-    with pytest.raises(SpecError, match=r"gives \(128, 8, 8\) for 64 pixels, and timm says \(100, 8, 8\)"):
-        check_axes(backbone)
+    with pytest.raises(SpecError, match=r"gives \(128, 8, 8\) for 64 pixels, by timm's .* \(100, 8, 8\)"):
+        check_levels(backbone)
+
+def test_a_network_without_padding_is_taken():
+    assert Backbone("legacy_xception", "random", [1, 2]).channels == [128, 256]
 
 def test_a_network_of_one_size_says_which(tmp_path):
     fields = dict(backbone="vit_tiny_patch16_224", weights="random", layers=None, detector="patchcore")

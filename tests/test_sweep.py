@@ -233,6 +233,14 @@ def test_one_who_wakes_up_late_leaves_the_word_of_the_new_holder(elsewhere, tmp_
     late.remove()
     assert lock.holder.path.stat().st_mtime == 0 and lock.holder.read() == lock.holder.me
 
+def test_a_holder_that_cannot_open_its_file_leaves_that_of_another(tmp_path, monkeypatch):
+    first, second = Holder(tmp_path/"run.holder"), Holder(tmp_path/"run.holder")
+    first.leave()
+    def refuses(*args): raise OSError(24, "Too many open files")
+    monkeypatch.setattr("builtins.open", refuses)
+    with pytest.raises(OSError, match="Too many"): second.leave()
+    assert first.read() == first.me
+
 def test_a_lock_that_a_dead_process_of_this_machine_left_is_free(tmp_path):
     Holder(tmp_path/"a.holder").leave()
     lock = Lock(tmp_path/"a.lock")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from PIL import Image
-from .images import image_oddity, mask_oddity, read_image
+from .images import LOSSY, image_oddity, mask_oddity, read_image
 from ..errors import DataError, unknown
 
 # %% ../../nbs/data/01_catalog.ipynb #c9e3068c
@@ -154,10 +154,10 @@ def unknown_class(
     folders: dict,  # the classes there are
 ) -> DataError:     # to be raised by the caller
     "Returns the error for a class that is not there; papermill's `-p` makes a number of a name like 01."
-    meant = [c for c in folders if c.lstrip("0") == name]
+    meant = [c for c in folders if c.isdigit() and name.isdigit() and int(c) == int(name)]
     if not meant: return unknown("class", name, folders, DataError)
-    remedy = f"papermill takes {meant[0]} for a number: give it by -r, not by -p"
-    return DataError(f"unknown class {name!r}", remedy)
+    near = f"Did you mean {meant[0]!r}? (papermill takes it for a number: -r, not -p)"
+    return DataError(f"unknown class {name!r}", f"{near} Known: {', '.join(folders)}")
 
 # %% ../../nbs/data/01_catalog.ipynb #b66e61ce
 def read_catalog(
@@ -185,7 +185,7 @@ def hashed_bytes(
     path: Path,          # its file
 ) -> bytes:
     "Returns what is hashed of an image: mode and pixels, or the file when it is a JPEG."
-    if image.format == "JPEG": return path.read_bytes()
+    if image.format in LOSSY: return path.read_bytes()
     coloured = image.convert("RGBA") if image.mode == "P" else image
     return image.mode.encode() + coloured.tobytes()
 
@@ -276,15 +276,17 @@ def check_mask_sizes(
 
 # %% ../../nbs/data/01_catalog.ipynb #b01c9f29
 def oddities(
-    table: pd.DataFrame,  # rows of a catalog
-    seen: dict,           # the digests of its images and masks
+    catalog: Catalog,
+    seen: dict,        # the digests of its images and masks
 ) -> list[str]:
-    "Returns a line about the images of each class that look wrong, and one about its masks."
+    "Returns a line about the images of each class that may be wrong, and one about its masks."
     lines = []
-    for cls, rows in table.groupby("cls"):
+    for cls, rows in catalog.table.groupby("cls"):
         for what, files in (("images", rows.path), ("masks", rows["mask"])):
             odd = [file for file in files if file and seen[file][3]]
-            if odd: lines.append(f"{len(odd)} of the {what} of {cls} look wrong: {odd[0]} {seen[odd[0]][3]}")
+            if not odd: continue
+            example = f"{catalog.root/odd[0]}: {seen[odd[0]][3]}"
+            lines.append(f"{len(odd)} {what} of {cls} may be wrong, look at them; for example {example}")
     return lines
 
 # %% ../../nbs/data/01_catalog.ipynb #79d1a31f
@@ -302,5 +304,5 @@ def verify(
     sound = [path in seen and (not mask or mask in seen) for path, mask in zip(table.path, table["mask"])]
     kept = Catalog(catalog.root, table[sound].reset_index(drop=True), catalog.ignored)
     check_mask_sizes(kept, seen)
-    for warning in oddities(kept.table, seen): warnings.warn(warning, stacklevel=2)
+    for warning in oddities(kept, seen): warnings.warn(warning, stacklevel=2)
     return kept, fingerprint(kept.table, seen)

@@ -279,6 +279,7 @@ def read_digests(
     try:
         found = digests(root, list(relative.values()), "raise")
     except DataError as e:
+        if "--skip-broken" not in e.remedy: raise
         raise DataError(e.what, "replace or remove the file: --skip-broken does not reach the images "
                                 "that a heldout dataset is made of") from None
     return {path: tuple(found[name][:3]) for path, name in relative.items()}

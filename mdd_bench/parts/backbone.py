@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROCEDURAL', 'NETWORKS', 'unknown_backbone', 'level_strides', 'default_layers', 'procedural_file', 'read_recipe',
-           'read_weights', 'spellings', 'fit_weights', 'hash_tensors', 'hash_weights', 'only_size', 'noise_images',
+           'read_weights', 'spellings', 'fit_weights', 'hash_tensors', 'hash_weights', 'fixed_size', 'noise_images',
            'signed_levels', 'channels_first', 'create_pyramid', 'pretrained_pyramid', 'random_pyramid', 'named_tensors',
-           'check_procedural', 'build_pyramid', 'round_to_half', 'check_layers', 'frozen', 'check_axes', 'Backbone']
+           'check_procedural', 'build_pyramid', 'round_to_half', 'check_layers', 'frozen', 'check_levels', 'Backbone']
 
 # %% ../../nbs/parts/10_backbone.ipynb #f4cc5234
 import difflib, hashlib, json, re, warnings
@@ -151,7 +151,7 @@ def hash_weights(
     return hash_tensors(model.state_dict())
 
 # %% ../../nbs/parts/10_backbone.ipynb #5d581b79
-def only_size(
+def fixed_size(
     name: str,     # a timm model
 ) -> int | None:   # in pixels; None: it takes many
     "Return the only size of image that a network takes."
@@ -281,14 +281,14 @@ def frozen(
 
 # %% ../../nbs/parts/10_backbone.ipynb #ab1d8da3
 @torch.no_grad()
-def check_axes(backbone):
+def check_levels(backbone):
     "Refuse, with a `SpecError`, a network whose levels are not what timm says they are."
-    size = backbone.only_size or 64
+    size = backbone.fixed_size or 64
     levels = backbone.pyramid(noise_images(size))
     for level, channels, stride in zip(levels, backbone.channels, backbone.strides):
-        given, said = tuple(level.shape[1:]), (channels, -(-size//stride), -(-size//stride))
-        if given == said: continue
-        problem = f"backbone {backbone.name!r} gives {given} for {size} pixels, and timm says {said}"
+        given, said, side = tuple(level.shape[1:]), (channels, size//stride, size//stride), level.shape[-1]
+        if given == (channels, side, side) and .5 <= side*stride/size <= 2: continue    # some have no padding
+        problem = f"backbone {backbone.name!r} gives {given} for {size} pixels, by timm's description {said}"
         raise SpecError(problem, "choose another one, for example resnet18")
 
 # %% ../../nbs/parts/10_backbone.ipynb #0fdf3661
@@ -306,12 +306,12 @@ class Backbone(nn.Module):
         check_layers(name, self.layers, all_strides)
         pyramid = build_pyramid(name, weights, self.layers)
         self.hash = hash_weights(pyramid)
-        self.only_size = only_size(name)
-        self.pyramid = frozen(pyramid, self.only_size)
+        self.fixed_size = fixed_size(name)
+        self.pyramid = frozen(pyramid, self.fixed_size)
         self.channels = self.pyramid.feature_info.channels()
         self.strides = self.pyramid.feature_info.reduction()
-        check_axes(self)
-        self.signed = signed_levels(self.pyramid, self.only_size)
+        check_levels(self)
+        self.signed = signed_levels(self.pyramid, self.fixed_size)
         normal = timm.get_pretrained_cfg(name)
         self.register_buffer("mean", torch.tensor(normal.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(normal.std).view(1, 3, 1, 1), persistent=False)

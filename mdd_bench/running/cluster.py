@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOADED', 'SENT_AWAY', 'visible_gpus', 'places_here', 'Crew', 'threads', 'task_abandoned', 'import_distributed',
-           'dask_crew', 'dask_here', 'package_hash', 'Meeting', 'meeting', 'refuse_worker', 'tell', 'CheckedExecutor',
-           'after_check', 'client_of', 'places_at', 'dask_at']
+           'dask_crew', 'dask_here', 'package_hash', 'Meeting', 'meeting', 'refuse_worker', 'warn_of_worker',
+           'CheckedExecutor', 'after_check', 'client_of', 'places_at', 'dask_at']
 
 # %% ../../nbs/running/58e_cluster.ipynb #6e9852b9
 import hashlib, importlib.util, logging, os, socket, sys, tempfile, threading, uuid, warnings
@@ -114,6 +114,7 @@ class Meeting(NamedTuple):
     folder: str        # where relative paths begin
     paths: list[str]   # of the data and the weights, as far as they are paths
     sign: str          # a file in the results folder
+    passed: list[str] = []   # addresses of the workers that agreed when the sweep began
 
 @contextmanager
 def meeting(
@@ -145,7 +146,7 @@ def refuse_worker(asked: Meeting):
 # %% ../../nbs/running/58e_cluster.ipynb #8b9aa77a
 SENT_AWAY = "mdd_bench: a worker was sent away"     # the topic of messages from a worker to the sweep
 
-def tell(
+def warn_of_worker(
     event: tuple,   # (time, what a worker has said)
 ):
     "Pass on what a worker has said."
@@ -160,11 +161,12 @@ class CheckedExecutor(Executor):
         return self.executor.submit(after_check, self.asked, function, *arguments)
 
 def after_check(asked: Meeting, function, *arguments):
-    "Call a function on a worker that is not refused; one that is leaves, and another worker gets the work."
+    "Call a function on a worker that is not refused; one that joined later leaves, and another takes over."
     from distributed import Reschedule, get_worker
     try: refuse_worker(asked)
     except MddBenchError as e:
         worker = get_worker()
+        if worker.address in asked.passed: raise      # what is wrong is not this worker
         worker.log_event(SENT_AWAY, str(e))
         worker.loop.add_callback(worker.close_gracefully, reason=str(e))
         raise Reschedule from None
@@ -198,7 +200,7 @@ def dask_at(
         try: client.run(refuse_worker, asked)
         except (ImportError, AttributeError) as e:
             raise SpecError(f"a worker of {address} lacks this mdd_bench ({e})", "install it there") from None
-        client.subscribe_topic(SENT_AWAY, tell)
+        client.subscribe_topic(SENT_AWAY, warn_of_worker)
         crew = dask_crew(client, partial(places_at, client, address))
-        crew.executor = CheckedExecutor(crew.executor, asked)
+        crew.executor = CheckedExecutor(crew.executor, asked._replace(passed=list(client.nthreads())))
         yield crew

@@ -53,10 +53,11 @@ class Resolved:
 def warn_of_undefined(dataset: Dataset):
     "Warn (`UndefinedMetric`) of each class whose test images cannot give every metric."
     for cls, counts in dataset.catalog.counts().iterrows():
-        missing = [kind for kind in ("good", "anomalous") if not counts[f"test {kind}"]]
-        if not missing: continue
-        problem = f"{cls} has no {missing[0]} test images: metrics that need them are nan"
-        warnings.warn(problem, UndefinedMetric, stacklevel=2)
+        for kind, folder in (("good", "test/good"), ("anomalous", "test")):
+            if counts[f"test {kind}"]: continue
+            problem = f"{cls} has no {kind} test images: metrics that need them are nan"
+            problem += f"; add some to {cls}/{folder}"
+            warnings.warn(problem, UndefinedMetric, stacklevel=2)
 
 # %% ../../nbs/running/51_identity.ipynb #67404ac2
 def load_dataset(spec: RunSpec) -> Dataset:
@@ -174,8 +175,8 @@ def resolve(
     for name in spec.protocols: get_protocol(name)
     dataset = load_dataset(spec)
     backbone = load_backbone(spec, cls.recipe)
-    if backbone.only_size not in (None, spec.size):
-        remedy = f"it takes images of {backbone.only_size} pixels only: --size {backbone.only_size}"
+    if backbone.fixed_size not in (None, spec.size):
+        remedy = f"it takes images of {backbone.fixed_size} pixels only: --size {backbone.fixed_size}"
         raise SpecError(f"size {spec.size} with backbone {backbone.name!r}", remedy)
     with torch.device("meta"):
         needs = create_detector(spec.detector, backbone, len(dataset.classes), **options).needs

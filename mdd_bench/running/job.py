@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from ..errors import DiskError, MddBenchError
-from .notebooks import NO_DISK, REFUSED, refused
+from ..errors import FullDiskError, MddBenchError
+from .notebooks import NO_ROOM, REFUSED, refused
 from .processes import Child, warm_process
 from .run import run
 from .runtime import Runtime, failure_reason
@@ -120,14 +120,14 @@ def make_record(
 ) -> Failure | None:
     """Make one record in a process of its own; returns None, or why there is none.
 
-    Raises `DiskError` where the disk lets no run go on, and `Abandoned`.
+    Raises `FullDiskError`, since no run could go on, and `Abandoned`.
     """
     def give_up():
         if abandoned(): raise Abandoned
     ahead = "mdd_bench.running.identity:build_ahead", job.spec
     child = warm_process.start(*work_of(job), folder=folder, environment=environment, preparation=ahead)
     code = finish(child, give_up)
-    if code == NO_DISK: raise DiskError(failure_reason(child.printed()))
+    if code == NO_ROOM: raise FullDiskError(failure_reason(child.printed()))
     if code or not job.has_record(): return write_failure(job, child.printed(), code == REFUSED)
     part, log = job.unfinished()
     log.unlink(missing_ok=True)

@@ -28,9 +28,10 @@ class Holder:
 
     def leave(self) -> bool:
         "Leave our word; returns whether there was none."
-        try:
-            with open(self.path, "x") as file: file.write(json.dumps(self.me))
+        try: file = open(self.path, "x")
         except FileExistsError: return False
+        try:
+            with file: file.write(json.dumps(self.me))
         except OSError:                      # a full disk: half a word is nobody's
             self.path.unlink(missing_ok=True)
             raise

@@ -9,6 +9,7 @@ __all__ = ['PRELOADED', 'INLINE', 'warm_process', 'kill_group', 'die_with', 'die
 
 # %% ../../nbs/running/58b_processes.ipynb #00769938
 import atexit, gc, importlib, os, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -58,7 +59,8 @@ def become(
         traceback.print_exc()
         code = 1
     if isinstance(code, str): print(code, file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr): stream.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError): stream.flush()      # of a full disk
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 # %% ../../nbs/running/58b_processes.ipynb #ff45a28b

@@ -49,7 +49,7 @@ class Planned:
     seconds: float | None  # that it is expected to take; None: unknown
 
     @property
-    def features(self) -> tuple:
+    def features_key(self) -> tuple:
         "Equal for runs that read the same features."
         dataset, backbone = self.resolved.dataset, self.resolved.backbone
         return dataset.fingerprint, self.job.spec.size, backbone.hash, tuple(backbone.layers)
@@ -196,8 +196,8 @@ def in_order(
     running: dict[Future, Underway],
 ) -> list[list[Planned]]:
     "The waiting groups; those come last whose features are being computed by a run under way."
-    filling = {run.first.features for run in running.values() if run.is_filling()}
-    return sorted(waiting, key=lambda group: group[0].features in filling)
+    filling = {run.first.features_key for run in running.values() if run.is_filling()}
+    return sorted(waiting, key=lambda group: group[0].features_key in filling)
 
 # %% ../../nbs/running/59_sweep.ipynb #6dfd0f5b
 class Starter:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'FETCHED', 'seed_all', 'to_device', 'channels_last', 'loaded_batches', 'feed', 'store_folder',
            'cached_features', 'select', 'LabelledAnomalies', 'TrainingData', 'labelled_anomalies', 'load_training_data',
-           'make_optimizer', 'rate_factor', 'set_rates', 'check_finite', 'few_values', 'train_step', 'has_bfloat16',
-           'warn_of_imitation', 'LossTerms', 'save_checkpoint', 'load_checkpoint', 'History', 'RepeatableBatches',
-           'clean_batches', 'call_hook', 'total_steps', 'train_epoch', 'train_epochs', 'train']
+           'make_optimizer', 'rate_factor', 'set_rates', 'check_finite', 'batch_norm_errors', 'train_step',
+           'has_bfloat16', 'warn_of_imitation', 'LossTerms', 'save_checkpoint', 'load_checkpoint', 'History',
+           'RepeatableBatches', 'clean_batches', 'call_hook', 'total_steps', 'train_epoch', 'train_epochs', 'train']
 
 # %% ../../nbs/running/53_training.ipynb #3901292d
 import csv, math, os, random, time, warnings
@@ -232,7 +232,7 @@ def check_finite(terms: dict, epoch: int, step: int):
 
 # %% ../../nbs/running/53_training.ipynb #2d10afee
 @contextmanager
-def few_values():
+def batch_norm_errors():
     "Raise `TrainingError` where a batch norm is given a single value for each channel."
     try: yield
     except ValueError as e:
@@ -250,8 +250,8 @@ def train_step(
 ) -> dict:           # the loss terms, still on the device
     "One optimizer step."
     device = batch["features"][0].device.type
-    with torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"), few_values():
-        terms = detector.losses(batch)
+    imprecise = torch.autocast(device, getattr(torch, precision), enabled=precision != "float32")
+    with imprecise, batch_norm_errors(): terms = detector.losses(batch)
     optimizer.zero_grad(set_to_none=True)
     sum(terms.values()).backward()
     if recipe.clip: torch.nn.utils.clip_grad_norm_(detector.parameters(), recipe.clip)
