@@ -13,10 +13,11 @@ METRICS = ["I-AUROC", "P-AP", "AUPRO", "mAD"]
 def arm_of(record):
     "What tells rows apart: features, detector, labelled anomalies."
     spec = record.spec
+    strides = ", ".join(str(2**(layer + 1)) for layer in spec["layers"])      # both networks halve at each level
     ratio = spec["options"].get("coreset_ratio") if spec["detector"] == "patchcore" else None
     length = f", {spec['steps']} steps" if spec["steps"] else ""
     detector = spec["detector"] + (f", {ratio:.0%}" if ratio else "") + length
-    return dict(features=FEATURES[spec["backbone"]], detector=detector, labelled=spec["labelled"])
+    return dict(features=f"{FEATURES[spec['backbone']]}, strides {strides}", detector=detector, labelled=spec["labelled"])
 
 def means_of(record):
     "The mean mAD over all products, and the metrics' means over the others, in percent."
