@@ -116,7 +116,7 @@ def test_a_mask_that_looks_wrong_is_named_in_a_run(tmp_path, words):
     mask = sorted(root.glob("gear/ground_truth/*/*.png"))[0]
     with Image.open(mask) as image: size = image.size
     Image.fromarray(ODD[words]).resize(size, Image.Resampling.NEAREST).save(mask)
-    warning = f"1 masks of gear may be wrong, look at them; for example {mask}: it .*{words}"
+    warning = f"look at the masks of gear, 1 may be wrong; for example {mask}: it .*{words}"
     with pytest.warns(UserWarning, match=warning):
         verify(read_catalog(root))
 
@@ -124,7 +124,8 @@ def test_an_image_of_one_level_is_named(tmp_path):
     root = write_embedded(tmp_path/"data", "smoke", classes=["gear"])
     image = sorted(root.glob("gear/train/good/*.png"))[0]
     Image.new("RGB", Image.open(image).size, (7, 7, 7)).save(image)
-    with pytest.warns(UserWarning, match="1 images of gear may be wrong, .*: it is of a single colour"):
+    warning = "look at the images of gear, 1 may be wrong; .*: it is of a single colour"
+    with pytest.warns(UserWarning, match=warning):
         verify(read_catalog(root))
 
 # --- refused by name

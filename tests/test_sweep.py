@@ -493,6 +493,13 @@ def test_a_full_disk_ends_a_sweep_with_one_line_and_it_goes_on_when_there_is_roo
     filler.unlink()
     check_that_it_goes_on(out, *flags)
 
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
+def test_a_results_folder_that_is_read_only_is_one_line_before_the_first_run(small_disk, cli):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    code, _, printed = cli("sweep", "benchmark", *sweep_flags(), "--plain", "--out", small_disk/"out")
+    (line,) = [line for line in printed.splitlines() if "error" in line]
+    assert code == 2 and str(small_disk) in line and "Read-only file system" in line
+
 # --- what is read ahead
 
 def test_items_come_in_order_and_are_made_ahead():

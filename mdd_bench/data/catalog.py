@@ -286,7 +286,7 @@ def oddities(
             odd = [file for file in files if file and seen[file][3]]
             if not odd: continue
             example = f"{catalog.root/odd[0]}: {seen[odd[0]][3]}"
-            lines.append(f"{len(odd)} {what} of {cls} may be wrong, look at them; for example {example}")
+            lines.append(f"look at the {what} of {cls}, {len(odd)} may be wrong; for example {example}")
     return lines
 
 # %% ../../nbs/data/01_catalog.ipynb #79d1a31f
