@@ -28,6 +28,7 @@ import tensor_checks
 from drawn_batches import VARIANTS, hook_batches, images, learns_from_labels, pyramid, training_batches
 from mdd_bench.data.catalog import cache_dir
 from mdd_bench.data.defects import Defects, Textures
+from mdd_bench.data.images import Framing
 from mdd_bench.data.loading import ImageDataset
 from mdd_bench.detectors.detector import create_detector, detector_class, list_detectors
 from mdd_bench.parts.backbone import Backbone, default_layers, level_strides
@@ -471,7 +472,7 @@ class DrawnImages(ImageDataset):
     "Images in memory, in the place of files."
     def __init__(self, number, size):
         self.pictures = np.random.default_rng(0).random((number, 3, size, size), dtype=np.float32)
-        self.size, self.rows, self.paths = size, number, [f"{i}.png" for i in range(number)]
+        self.framing, self.rows, self.paths = Framing(size), number, [f"{i}.png" for i in range(number)]
         self.cls = [i % 2 for i in range(number)]
         self.masks, self.images, self.defects, self.epoch = None, True, None, 0
 

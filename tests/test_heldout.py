@@ -5,12 +5,13 @@ import pytest
 from PIL import Image
 from mdd_bench.data import datasets
 from mdd_bench.data import heldout as module
-from mdd_bench.data.catalog import read_catalog, verify
+from mdd_bench.data.catalog import verify
 from mdd_bench.data.datasets import dataset_folder
 from mdd_bench.data.heldout import (
     KINDS, LEAST_CHANGE, LEAST_PIXELS, PAIRS, draw_defect, held_out, heldout, stream, visible,
 )
 from mdd_bench.data.images import load_image, load_mask
+from mdd_bench.data.layouts import read_catalog
 from mdd_bench.data.synthetic import embedded
 from mdd_bench.errors import DataError, SpecError
 
@@ -72,8 +73,8 @@ def folder(source, cache): return heldout(source)
 # --- the dataset
 
 def test_layout_and_counts(folder):
-    catalog, _ = verify(read_catalog(folder))               # also: every defect has a mask of its size
-    assert catalog.classes == sorted(CLASSES) and catalog.ignored == 0
+    catalog = verify(read_catalog(folder)).catalog               # also: every defect has a mask of its size
+    assert catalog.classes == sorted(CLASSES) and not catalog.ignored
     for cls, n in CLASSES.items():
         out = max(2, n//5)
         assert len(catalog.part(cls=cls, split="train")) == n - out
@@ -169,7 +170,7 @@ def test_what_cannot_show_becomes_a_stain(kind, level):
 def test_the_stain_instead_of_another_kind_keeps_its_own_name(tmp_path, cache):
     for i in range(4):
         save(tmp_path/"s"/"blank"/"train"/"good"/f"{i}.png", Image.new("RGB", (64, 64), (90 + i,)*3))
-    catalog, _ = verify(read_catalog(heldout(tmp_path/"s")))
+    catalog = verify(read_catalog(heldout(tmp_path/"s"))).catalog
     bad = catalog.part(split="test").query("kind != 'good'")
     assert len(bad) == 4 and set(bad.kind) == {"scratch", "stain"}
     assert sum("_moved" in p or "_warp" in p for p in bad.path) == 2
@@ -236,7 +237,7 @@ def test_what_was_interrupted_is_drawn_again(source, cache, monkeypatch, tmp_pat
         patch.setattr(module, "draw_defect", broken)
         with pytest.raises(KeyboardInterrupt): heldout(source)
     assert not folders_in_cache(tmp_path)
-    assert verify(read_catalog(heldout(source)))[0].classes == sorted(CLASSES)
+    assert verify(read_catalog(heldout(source))).catalog.classes == sorted(CLASSES)
 
 # --- from a run's data to a folder
 

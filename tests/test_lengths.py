@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest, torch
 from conftest import small_spec
+from mdd_bench.data.images import Framing
 from mdd_bench.data.loading import ImageDataset, batches, steps_of_pass
 from mdd_bench.detectors.rd4ad import RD4AD
 from mdd_bench.errors import SpecError
@@ -23,7 +24,7 @@ from mdd_bench.running.training import rate_factor, set_rates
 @pytest.mark.parametrize("images", [1, 7, 8, 9, 16, 17, 18])
 def test_a_pass_has_as_many_steps_as_its_loader_gives(images, tmp_path):
     table = pd.DataFrame(dict(path=["x.png"]*images, cls=["a"]*images))
-    rows = ImageDataset(tmp_path, table, 16, ["a"], images=False)
+    rows = ImageDataset(tmp_path, table, Framing(16), ["a"], images=False)
     assert steps_of_pass(images, 8) == len(list(batches(rows, 8, epoch=0)))
 
 def batches_of(spec):

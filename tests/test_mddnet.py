@@ -6,6 +6,7 @@ import pandas as pd
 import pytest, torch
 import torch.nn.functional as F
 import mdd_bench.running.models as models
+from mdd_bench.data.images import Framing
 from mdd_bench.data.defects import Defects
 from mdd_bench.data.loading import ImageDataset
 from mdd_bench.detectors.detector import create_detector, full_options
@@ -107,7 +108,7 @@ def level_maps(detector, features): return discrepancy_maps(features, detector.n
 def training_images(catalog, detector=None, table=None):
     "The normal training images, with the defects that the detector asks for."
     table = catalog.part(split="train") if table is None else table
-    images = ImageDataset(catalog.root, table, 64, catalog.classes)
+    images = ImageDataset(catalog.root, table, Framing(64), catalog.classes)
     if detector is not None and detector.defects:
         images.defects = Defects(**detector.defects, seed=0, images=images)
     return images
@@ -392,7 +393,7 @@ def test_a_test_sees_features_only(catalog, small, memory):
     detector = train_on(catalog, create(small, memory=memory)).eval()
     assert list(inspect.signature(detector.predict).parameters) == ["features", "size"]
     def test_maps(table):
-        images = ImageDataset(catalog.root, table, 64, catalog.classes)
+        images = ImageDataset(catalog.root, table, Framing(64), catalog.classes)
         return np.concatenate([batch.maps.numpy() for batch in predictions(detector, images, 8, Runtime())])
     table = catalog.part(split="test")
     renamed = table.assign(cls=list(reversed(table.cls)), kind="good", mask="")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from mdd_bench import Runtime, make_spec, run
-from mdd_bench.data.images import load_image
+from mdd_bench.data.images import Framing, load_image
 from mdd_bench.errors import SpecError
 from mdd_bench.parts.backbone import build_pyramid
 from mdd_bench.running.identity import resolve
@@ -66,7 +66,7 @@ def first_row(table, by, detector="patchcore"):
 
 def pixels(root, paths):
     "Images as the peer is given them."
-    return np.stack([load_image(root/path, 64).transpose(2, 0, 1) for path in paths])
+    return np.stack([load_image(root/path, Framing(64)).transpose(2, 0, 1) for path in paths])
 
 def all_maps(spec, out):
     return np.concatenate([c.maps for c in predict_maps(spec, out, PLAIN)])

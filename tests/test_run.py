@@ -128,7 +128,7 @@ def test_a_record_says_where_its_numbers_come_from(made):
              "defect_textures", "classes_streamed"}
     assert known <= provenance.keys()
     assert provenance["test_counts"] == dict(gear=[2, 4], tile=[2, 4])
-    assert provenance["altered"] == dict(images_skipped=0, files_ignored=0)
+    assert provenance["altered"] == dict(images_skipped=0, files_ignored=0, masks_unknown=0)
     assert provenance["training_id"] == resolve(made.spec).training_id
 
 def test_the_history_has_every_step(made):

@@ -24,6 +24,10 @@ TEXT_AND_TYPED = dict(
     data=("embedded-v1-smoke", "embedded-v1-smoke"),
     classes=("gear, tile", ["gear", "tile"]),
     size=("64", 64),
+    layout=("visa", "visa"),
+    resize=("pad", "pad"),
+    value_range=("0,4095", [0., 4095.]),
+    masks=("optional", "optional"),
     skip_broken=("true", True),
     calibration=(".25", .25),
     backbone=("none", None),
@@ -71,6 +75,11 @@ def test_text_and_typed_fields_are_equal(name):
     (dict(calibration=1), "calibration=1.0. give a share above 0 and below 1"),
     (dict(calibration=1.5), "calibration=1.5. give a number from 0 to 1"),
     (dict(skip_broken="perhaps"), "skip_broken='perhaps'"),
+    (dict(resize="shrink"), "unknown resize 'shrink'. .*crop, pad, stretch"),
+    (dict(masks="none"), "unknown masks 'none'. .*optional, required"),
+    (dict(value_range="1,0"), "value_range='1,0'. .*black,white"),
+    (dict(value_range="0,1,2"), "value_range='0,1,2'"),
+    (dict(value_range="0,inf"), "value_range='0,inf'"),
 ])
 def test_impossible_fields(wrong, message):
     with pytest.raises(SpecError, match=message): make_spec(**wrong)
@@ -193,6 +202,8 @@ CHANGES = dict(
     data=dict(data="other"),        # a folder of the tests
     classes=dict(classes=["gear"]),
     size=dict(size=96),
+    resize=dict(resize="pad"),
+    value_range=dict(value_range=[0., 4095.]),
     calibration=dict(calibration=.25),
     backbone=dict(backbone="test_resnet", weights="random"),
     weights=dict(backbone=PROCEDURAL, weights="random"),
@@ -223,7 +234,8 @@ def test_every_field_of_an_identity_changes_it(changed_ids, number):
     "And each into another one; training depends on all of them as well."
     assert len({pair[number] for pair in changed_ids.values()}) == len(CHANGES) + 1
 
-@pytest.mark.parametrize("change", [dict(protocols=["ader", "exact"]), dict(skip_broken=True)])
+@pytest.mark.parametrize("change", [dict(protocols=["ader", "exact"]), dict(skip_broken=True),
+                                    dict(layout="mvtec"), dict(masks="optional")])
 def test_what_decides_no_number_is_no_part_of_it(small, changed_ids, change):
     assert ids(replace(small, **change)) == changed_ids["nothing"]
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from mdd_bench.data.catalog import read_catalog
+from mdd_bench.data.layouts import read_catalog
 from mdd_bench.data.synthetic import embedded
 from mdd_bench.data.splits import SCHEMES, draw, follow, largest_draw, pools, set_aside, shuffled
 from mdd_bench.data.splits import read_manifest, write_manifest

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from mdd_bench.data import synthetic
-from mdd_bench.data.catalog import read_catalog, verify
+from mdd_bench.data.catalog import verify
+from mdd_bench.data.layouts import read_catalog
 from mdd_bench.data.synthetic import (
     CLASSES, LEAST_PIXELS, SIDE, SIZES, draw, draw_pair, embedded, plan, write_embedded,
 )
@@ -62,9 +63,9 @@ def test_a_larger_size_contains_the_smaller(small, large):
 
 def test_the_files_are_the_drawings(tmp_path, cache):
     root = write_embedded(tmp_path/"a", "smoke", classes=["tile", "cap"])
-    catalog, _ = verify(read_catalog(root))
+    catalog = verify(read_catalog(root)).catalog
     n = SIZES["smoke"]
-    assert catalog.classes == ["cap", "tile"] and catalog.ignored == 0
+    assert catalog.classes == ["cap", "tile"] and not catalog.ignored
     assert len(catalog.part(split="train")) == 2*n["train"]
     assert len(catalog.part(split="test", kind="good")) == 2*n["good"]
     for row in catalog.table.itertuples():

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from .catalog import is_image, IMAGE_ENDINGS
-from .images import load_image
+from .images import IMAGE_ENDINGS, Framing, is_image, load_image
 from ..errors import DataError, SpecError, unknown
 
 # %% ../../nbs/data/05_defects.ipynb #d00576af
@@ -245,7 +244,7 @@ class FolderTextures:
     def draw(self, rng, index, shape):
         "A crop of a random file."
         file = self.files[rng.integers(len(self.files))]
-        image = load_image(file, max(shape)).transpose(2, 0, 1)/np.float32(255)
+        image = load_image(file, Framing(max(shape))).transpose(2, 0, 1)/np.float32(255)
         return crop(rng, image, shape)
 
 # %% ../../nbs/data/05_defects.ipynb #9fb20285

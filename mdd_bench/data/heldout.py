@@ -6,7 +6,7 @@
 __all__ = ['SMALLEST', 'LARGEST', 'LEAST_CHANGE', 'LEAST_SEEN', 'LEAST_PIXELS', 'KINDS', 'TRIES', 'LEAST_IMAGES', 'PAIRS',
            'REVISION', 'stream', 'side', 'random_area', 'random_centre', 'coordinates', 'piece', 'moved', 'arc',
            'scratch', 'smoothstep', 'uneven_outline', 'stain', 'swirl', 'warp', 'changed', 'visible', 'strong_stain',
-           'Defect', 'draw_defect', 'held_out', 'list_training_images', 'read_digests', 'TrainingImages',
+           'Defect', 'draw_defect', 'held_out', 'flat_names', 'list_training_images', 'read_digests', 'TrainingImages',
            'without_copies', 'training_images', 'write_defect', 'write_class', 'heldout']
 
 # %% ../../nbs/data/06_heldout.ipynb #afe887b5
@@ -17,8 +17,9 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
-from .catalog import cache_dir, digests, folders_in, images_in
-from .images import load_image
+from .catalog import cache_dir, digests
+from .images import images_in, load_image
+from .layouts import read_catalog
 from ..errors import DataError, unknown
 
 # %% ../../nbs/data/06_heldout.ipynb #71e5fa68
@@ -258,56 +259,68 @@ PAIRS = (
 )
 
 # %% ../../nbs/data/06_heldout.ipynb #30ab0b73
+def flat_names(
+    paths: list[str],   # of the images of one class, relative to the dataset
+) -> dict:              # name without folders -> path
+    "A name for each image: that of its file where no other has it, otherwise its whole path."
+    alone = len({Path(path).name for path in paths}) == len(paths)
+    return {Path(path).name if alone else path.replace("/", "_"): path for path in paths}
+
 def list_training_images(
-    root: Path, # a dataset in MVTec's layout
-) -> dict:      # class -> paths, sorted by name
-    "The files in each class's `train/good`. Raises `DataError` for a folder without any."
-    if not root.is_dir():
-        raise DataError(f"no folder {root}",
-                        "give the folder that holds one sub-folder per product class, or embedded-v1")
-    folders = [p for p in folders_in(root) if (p/"train").is_dir()]
-    if not folders:
-        raise DataError(f"no training images in {root}", "expected <class>/train/good/*.png below it")
-    return {folder.name: images_in(folder/"train"/"good") for folder in folders}
+    root: Path,          # a dataset's folder or table
+    layout: str = None,  # one of `LAYOUTS`; None: it is recognised
+) -> dict:               # class -> name -> path
+    "The training images of each class. Raises `DataError` for a class without any."
+    catalog = read_catalog(root, layout=layout)
+    named = {cls: flat_names(catalog.part(cls=cls, split="train").path.tolist()) for cls in catalog.classes}
+    for cls, names in named.items():
+        if not names: raise DataError(f"class {cls!r} of {root} has no training images", "add some")
+    return {cls: {name: catalog.root/path for name, path in names.items()} for cls, names in named.items()}
 
 def read_digests(
     root: Path,  # the dataset
     paths: list, # of images
 ) -> dict:       # path -> (width, height, sha256 of the content)
-    "The content of each image. Raises `DataError` for one that is unreadable."
-    relative = {path: path.relative_to(root).as_posix() for path in paths}
+    "The content of each image. Raises `DataError` for one that is unreadable, or holds floats or 32 bits."
+    remedy = "{}: what a heldout dataset is made of is drawn on with 8 bits, and nothing of it is left out"
     try:
-        found = digests(root, list(relative.values()), "raise")
+        found = digests(root, [path.relative_to(root).as_posix() for path in paths])
     except DataError as e:
         if "--skip-broken" not in e.remedy: raise
-        raise DataError(e.what, "replace or remove the file: --skip-broken does not reach the images "
-                                "that a heldout dataset is made of") from None
-    return {path: tuple(found[name][:3]) for path, name in relative.items()}
+        raise DataError(e.what, remedy.format("replace or remove the file")) from None
+    for name, content in found.items():
+        if content.mode in ("F", "I"):
+            what = f"{root/name} holds floats or 32-bit numbers"
+            raise DataError(what, remedy.format("save it with 8 bits"))
+    return {root/name: content[:3] for name, content in found.items()}
 
 # %% ../../nbs/data/06_heldout.ipynb #40967a85
 REVISION = 1
 
 class TrainingImages(NamedTuple):
     "What a held-out dataset is made of."
-    paths: dict       # class -> paths, sorted by name, without copies
+    paths: dict       # class -> name -> path, sorted by name, without copies
     fingerprint: str  # of names and contents, 12 hex digits
 
 def without_copies(
-    paths: list,   # sorted by name
+    paths: dict,   # name -> path, sorted by name
     content: dict, # path -> digest of the content
-) -> list:
+) -> dict:
     "The first file of each content."
     first = {}
-    for path in paths: first.setdefault(content[path], path)
-    return list(first.values())
+    for name, path in paths.items(): first.setdefault(content[path], (name, path))
+    return dict(first.values())
 
 def training_images(
-    root: Path, # a dataset in MVTec's layout
+    root: Path,          # a dataset's folder or table
+    layout: str = None,  # one of `LAYOUTS`; None: it is recognised
 ) -> TrainingImages:
     "The training images of a dataset. Raises `DataError` if there are none, or one is unreadable."
-    paths = list_training_images(root)
-    content = read_digests(root, [path for cls in paths for path in paths[cls]])
-    lines = sorted(f"{path.relative_to(root).as_posix()} {list(digest)}" for path, digest in content.items())
+    paths = list_training_images(root, layout)
+    folder = root if root.is_dir() else root.parent
+    content = read_digests(folder, [path for cls in paths for path in paths[cls].values()])
+    names = {path: path.relative_to(folder).as_posix() for path in content}
+    lines = sorted(f"{names[path]} {list(digest)}" for path, digest in content.items())
     fingerprint = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
     return TrainingImages({cls: without_copies(paths[cls], content) for cls in paths}, fingerprint)
 
@@ -315,12 +328,13 @@ def training_images(
 def write_defect(
     folder: Path, # of the class
     number: int,  # of the clean image among the training images
-    path: Path,   # the clean image
+    name: str,    # of the clean image
+    path: Path,   # its file
     kind: str,    # a key of `KINDS`
     seed=0,       # another seed, another defect
 ):
     "Write a damaged image and its mask."
-    defect = draw_defect(stream(seed, folder.name, path.name, kind), load_image(path), kind)
+    defect = draw_defect(stream(seed, folder.name, name, kind), load_image(path), kind)
     stem = f"{number:03}" if defect.kind == kind else f"{number:03}_{kind}"
     files = {
         folder/"test"/defect.kind/f"{stem}.png": defect.image,
@@ -333,28 +347,29 @@ def write_defect(
 # %% ../../nbs/data/06_heldout.ipynb #5318c47f
 def write_class(
     folder: Path, # of the class, new
-    paths: list,  # its training images, sorted
+    paths: dict,  # its training images, sorted: name -> path
     seed=0,       # another seed, other images and defects
 ):
     "Write a class with two damaged images per held-out one. Raises `DataError` for too few images."
     for split in ("train", "test"): (folder/split/"good").mkdir(parents=True)
-    chosen = held_out([path.name for path in paths], folder.name, seed)
-    for number, path in enumerate(paths):
-        split = "test" if path.name in chosen else "train"
-        shutil.copyfile(path, folder/split/"good"/path.name)
+    chosen = held_out(list(paths), folder.name, seed)
+    for number, (name, path) in enumerate(paths.items()):
+        split = "test" if name in chosen else "train"
+        shutil.copyfile(path, folder/split/"good"/name)
         if split == "test":
-            for kind in PAIRS[chosen.index(path.name) % len(PAIRS)]:
-                write_defect(folder, number, path, kind, seed)
+            for kind in PAIRS[chosen.index(name) % len(PAIRS)]:
+                write_defect(folder, number, name, path, kind, seed)
 
 # %% ../../nbs/data/06_heldout.ipynb #62464175
 def heldout(
-    root: Path,       # the source: a dataset in MVTec's layout
-    name: str = None, # how the folder's name begins; None: as the source's
-    seed=0,           # another seed, other images and defects
-) -> Path:            # a dataset in MVTec's layout
+    root: Path,          # the source: a dataset's folder or table
+    name: str = None,    # how the folder's name begins; None: as the source's
+    seed=0,              # another seed, other images and defects
+    layout: str = None,  # of the source: one of `LAYOUTS`; None: it is recognised
+) -> Path:               # a dataset in MVTec's layout
     "The held-out dataset of a source, in the cache. Raises `DataError` for too few or unreadable images."
     root = Path(root).expanduser()
-    images = training_images(root)
+    images = training_images(root, layout)
     stem = re.sub(r"[^\w.-]+", "_", name or root.resolve().name).strip(".")
     home = cache_dir()/"heldout"
     home.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from .images import image_array, load_mask
+from .images import Framing, image_array, load_mask, squared
 from ..errors import DataError
 
 # %% ../../nbs/data/04_loading.ipynb #00278ec2
@@ -28,15 +28,15 @@ def coverage(
 
 # %% ../../nbs/data/04_loading.ipynb #5b3e84b4
 def labelled_mask(
-    path,           # the mask of a labelled anomaly
-    size: int,      # side of the square it becomes, in pixels
-) -> torch.Tensor:  # float32 [size, size] in [0, 1]
+    path,               # the mask of a labelled anomaly
+    framing: Framing,   # how it becomes a square
+) -> torch.Tensor:      # float32 [size, size] in [0, 1]
     "Returns the coverage of a labelled anomaly's mask; raises `DataError` when it is empty."
-    mask = load_mask(path)
-    if not mask.any():
-        raise DataError(f"the mask {path} is empty",
-                        "mark the defect, or take the image out of the labelled ones")
-    return torch.from_numpy(coverage(mask, size))
+    mask = squared(load_mask(path), framing.resize, "constant")
+    if mask.any(): return torch.from_numpy(coverage(mask, framing.size))
+    cut = " in the part that --resize crop leaves" if framing.resize == "crop" else ""
+    raise DataError(f"the mask {path} is empty{cut}",
+                    "mark the defect, or take the image out of the labelled ones")
 
 # %% ../../nbs/data/04_loading.ipynb #0ec38f74
 TURNS = 4     # orientations that `turned` knows
@@ -56,22 +56,25 @@ class ImageDataset(Dataset):
     def __init__(self,
         root,          # the dataset's folder
         table,         # rows with path and cls, and mask where `masks` is set
-        size: int,     # side of the square images, in pixels
+        framing: Framing,   # how images become squares
         classes: list, # all class names, in order
         images=True,   # decode the images? (cached features make it unnecessary)
         defects=None,  # (image, index, epoch) -> (abnormal, mask), as arrays
         masks=False,   # read the mask of each image? `DataError` for an empty one
         turns=1,       # orientations that each row is shown in, see `turned`
     ):
-        self.root, self.size, self.rows = Path(root), size, len(table)
+        self.root, self.framing, self.rows = Path(root), framing, len(table)
         self.paths = turns*list(table.path)
         self.cls = turns*[classes.index(c) for c in table.cls]
         self.masks = turns*list(table["mask"]) if masks else None
         self.images, self.defects = images, defects
         self.epoch = 0  # synthetic defects differ from epoch to epoch
 
+    @property
+    def size(self) -> int: return self.framing.size
+
     def __len__(self): return len(self.paths)
-    def image(self, i): return image_array(self.root/self.paths[i], self.size)
+    def image(self, i): return image_array(self.root/self.paths[i], self.framing)
 
     def __getitem__(self, i):
         item = dict(index=i, path=self.paths[i], cls=self.cls[i])
@@ -81,7 +84,7 @@ class ImageDataset(Dataset):
         if self.defects:
             abnormal, mask = self.defects(image, i, self.epoch)
             item |= dict(abnormal=torch.from_numpy(abnormal), mask=torch.from_numpy(mask))
-        if self.masks: item["mask"] = turned(labelled_mask(self.root/self.masks[i], self.size), turn)
+        if self.masks: item["mask"] = turned(labelled_mask(self.root/self.masks[i], self.framing), turn)
         return item
 
 # %% ../../nbs/data/04_loading.ipynb #ddb61cb4

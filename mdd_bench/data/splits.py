@@ -119,9 +119,9 @@ def content_hashes(
     "Returns 12 hex digits for each image and each mask of a split."
     table = catalog.part(split=split)
     files = [p for p in [*table.path, *table["mask"]] if p]
-    seen = digests(catalog.root, files, "raise")
+    seen = digests(catalog.root, files, set(table["mask"]))
 
-    def short_hash(path): return seen[path][2][:12] if path else ""
+    def short_hash(path): return seen[path].sha256[:12] if path else ""
 
     return {path: [short_hash(path), short_hash(mask)] for path, mask in zip(table.path, table["mask"])}
 

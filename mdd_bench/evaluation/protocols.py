@@ -287,9 +287,9 @@ class PerImage(PeerEvaluator):
         super().__init__(fpr_limit)
         self.per_image = []
 
-    def update(self, maps, scores, masks, labels):
+    def update(self, maps, scores, masks, labels, located=None):
         "Add a batch, as `Evaluator.update` does."
-        super().update(maps, scores, masks, labels)
+        super().update(maps, scores, masks, labels, located)
         batch = checked(maps, scores, masks, labels)
         for anomaly_map, mask in zip(batch.maps, batch.masks):
             if mask.any(): self.per_image.append(image_aupro(anomaly_map, mask, self.fpr_limit))
@@ -319,10 +319,10 @@ class Dilated(LinearThresholds):
         super().__init__(fpr_limit)
         self.dilated = Evaluator("exact", fpr_limit)
 
-    def update(self, maps, scores, masks, labels):
+    def update(self, maps, scores, masks, labels, located=None):
         "Add a batch, as `Evaluator.update` does."
-        super().update(maps, scores, masks, labels)
-        self.dilated.update(grown(maps), scores, masks, labels)
+        super().update(maps, scores, masks, labels, located)
+        self.dilated.update(grown(maps), scores, masks, labels, located)
 
     def sort(self):
         "Sort what was added so far."
@@ -443,13 +443,14 @@ class RawBatch(NamedTuple):
     masks: list                    # B masks at their own resolution: bool [H0, W0], or None for a good image
     labels: np.ndarray             # bool [B]: anomalous images, from the folder
     kinds: list                    # B names: "good" or the defect kind
+    located: np.ndarray            # bool [B]: images whose mask is known, or that are good
 
     def take(self, index) -> "RawBatch":
         "The images at these positions, int [b]."
         own_scores = None if self.own_scores is None else self.own_scores[index]
         masks = [self.masks[i] for i in index]
         kinds = [self.kinds[i] for i in index]
-        return RawBatch(self.maps[index], own_scores, masks, self.labels[index], kinds)
+        return RawBatch(self.maps[index], own_scores, masks, self.labels[index], kinds, self.located[index])
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #9f607f37
 def check_kinds(
@@ -484,11 +485,13 @@ def raw_batch(
     masks,       # B masks at their own resolution, or None for a good image
     labels,      # bool or 0/1 [B]
     kinds,       # B names
+    located=None,   # bool or 0/1 [B]: images whose mask is known; None: all
 ) -> RawBatch:
     "The parts of a batch in their dtypes. DataError or ValueError for what does not fit."
     maps, labels = finite_maps(maps), binary("labels", labels)
+    located = np.ones(len(labels), bool) if located is None else binary("located", located)
     counts = [len(part) for part in (maps, masks, labels, kinds)]
-    if len(set(counts)) > 1:
+    if len({*counts, len(located)}) > 1:
         numbers = ", ".join(map(str, counts))
         raise ValueError(f"maps, masks, labels, kinds: {numbers} images, expected equal numbers")
     check_kinds(kinds, labels)
@@ -497,7 +500,7 @@ def raw_batch(
         own_scores = finite("own_scores", own_scores, np.float64)
         if own_scores.shape != (len(maps),):
             raise ValueError(f"own_scores: shape {own_scores.shape} for {len(maps)} maps")
-    return RawBatch(maps, own_scores, masks, labels, kinds)
+    return RawBatch(maps, own_scores, masks, labels, kinds, located)
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #348a0e96
 def evaluation_size(
@@ -532,6 +535,7 @@ class EvaluatedBatch(NamedTuple):
     scores: np.ndarray  # float64 [b]
     masks: np.ndarray   # bool [b, H, W]
     labels: np.ndarray  # bool [b]: anomalous, by the protocol's source of labels
+    located: np.ndarray # bool [b]: images whose mask is known, or that are good
 
 
 def evaluate_part(
@@ -546,8 +550,9 @@ def evaluate_part(
     scores = protocol.image_scores(maps, part.own_scores)
     masks = [np.zeros(size, bool) if mask is None else protocol.masks(mask, size) for mask in part.masks]
     masks = np.stack(masks)
-    labels = masks.any((1, 2)) if protocol.label_source == "mask" else part.labels
-    return EvaluatedBatch(index, maps, scores.astype(np.float64), masks, labels)
+    read_off = protocol.label_source == "mask"
+    labels = np.where(part.located, masks.any((1, 2)), part.labels) if read_off else part.labels
+    return EvaluatedBatch(index, maps, scores.astype(np.float64), masks, labels, part.located)
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #179fe2ea
 def evaluate_batch(
@@ -574,8 +579,8 @@ class KindEvaluators:
         for kind in dict.fromkeys(kinds):
             if kind not in self.evaluators: self.evaluators[kind] = self.protocol.evaluator(self.mode)
             chosen = [i for i, other in enumerate(kinds) if other == kind]
-            evaluator = self.evaluators[kind]
-            evaluator.update(part.maps[chosen], part.scores[chosen], part.masks[chosen], part.labels[chosen])
+            parts = (part.maps, part.scores, part.masks, part.labels, part.located)
+            self.evaluators[kind].update(*(values[chosen] for values in parts))
 
     def metrics(self, kinds) -> dict[str, float]:
         "The metrics of these kinds together; kinds that did not occur are passed over."
@@ -606,9 +611,9 @@ class ProtocolEvaluator:
         self.by_kind = KindEvaluators(protocol, mode)
         self.scores = []
 
-    def update(self, maps, own_scores, masks, labels, kinds) -> list[EvaluatedBatch]:  # one for each size
-        "Add a batch, given as for `raw_batch`, and return what was counted. Nothing is added on an error."
-        batch = raw_batch(maps, own_scores, masks, labels, kinds)
+    def update(self, maps, own_scores, masks, labels, kinds, located=None) -> list[EvaluatedBatch]:
+        "Add a batch, given as for `raw_batch`; returns what was counted, by size. An error adds nothing."
+        batch = raw_batch(maps, own_scores, masks, labels, kinds, located)
         parts = evaluate_batch(self.protocol, batch)
         scores = np.zeros(len(batch.maps))
         for part in parts:

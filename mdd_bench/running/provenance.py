@@ -12,6 +12,7 @@ import numpy as np
 import timm
 import torch
 import mdd_bench
+from ..data.catalog import has_no_mask
 from ..detectors.detector import detector_class
 from .identity import Resolved
 
@@ -80,5 +81,9 @@ def provenance(
         weights_hash=resolved.backbone.hash,
         training_id=resolved.training_id,
         verified=detector_class(resolved.spec.detector).verified,
-        altered=dict(images_skipped=dataset.skipped, files_ignored=dataset.catalog.ignored),
+        layout=dataset.catalog.layout,
+        altered=dict(
+            images_skipped=dataset.skipped,
+            files_ignored=sum(dataset.catalog.ignored.values()),
+            masks_unknown=int((has_no_mask(table) & (table.split == "test")).sum())),
     )

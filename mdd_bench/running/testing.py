@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['EXACT_PIXELS', 'THUMBNAIL', 'BatchPrediction', 'predictions', 'class_images', 'predict_class', 'true_mask',
-           'ClassOutcome', 'evaluation_mode', 'ClassTest', 'collect_samples', 'compute_replicates', 'evaluate_class',
-           'evaluate_classes', 'collect_metrics', 'ClassMaps', 'class_maps', 'calibration_scores', 'prediction_quality']
+           'square_mask', 'ShownPart', 'shown_parts', 'ClassOutcome', 'evaluation_mode', 'ClassTest', 'square_masks',
+           'collect_samples', 'compute_replicates', 'evaluate_class', 'evaluate_classes', 'collect_metrics',
+           'ClassMaps', 'class_maps', 'calibration_scores', 'prediction_quality']
 
 # %% ../../nbs/running/54_testing.ipynb #d7cc31e4
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from ..data.images import image_size, load_image, load_mask
+from ..data.catalog import has_no_mask
+from ..data.images import Framing, image_size, load_image, load_mask, shown_part, squared
 from ..data.loading import ImageDataset
 from ..evaluation.curves import to_numpy
 from ..evaluation.metrics import mean_over_classes
@@ -23,7 +27,7 @@ from ..evaluation.protocols import (
     ClassResult, ProtocolEvaluator, evaluate_batch, get_protocol, raw_batch)
 from ..evaluation.replicates import Replicates, resample_counts
 from ..parts.feature_cache import FeatureCache
-from .identity import ModelPlan
+from .identity import ModelPlan, framing_of
 from .runtime import Runtime
 from .samples import SampleKeeper, Samples
 from .training import cached_features, feed
@@ -63,7 +67,7 @@ def class_images(
     "The images of one class and split."
     catalog = plan.dataset.catalog
     table = catalog.part(cls=cls, split=split)
-    return ImageDataset(catalog.root, table, plan.resolved.spec.size, catalog.classes)
+    return ImageDataset(catalog.root, table, framing_of(plan.resolved.spec), catalog.classes)
 
 def predict_class(
     detector,
@@ -84,6 +88,35 @@ def true_mask(
     "The mask of a test image, empty for a good one; raises `DataError` as `load_mask` does."
     if row["mask"]: return load_mask(root/row["mask"])
     return np.zeros(image_size(root/row["path"]), bool)
+
+def square_mask(root: Path, row, framing: Framing) -> np.ndarray:    # bool [H0, W0]
+    "The mask of a test image, framed as the image was for the network."
+    return squared(true_mask(root, row), framing.resize, "constant")
+
+# %% ../../nbs/running/54_testing.ipynb #6663343f
+class ShownPart(NamedTuple):
+    "Images of a batch that fill the same part of their maps, and that part."
+    index: list[int]     # their positions in the table
+    maps: torch.Tensor   # [b, h, w]
+    scores: np.ndarray | None
+    masks: list          # true masks of that part, bool [H0, W0]
+
+def shown_parts(
+    batch: BatchPrediction,
+    root: Path,             # of the dataset
+    table: pd.DataFrame,    # the images that are predicted
+    framing: Framing,
+):                          # yields `ShownPart`, together all of the batch
+    "The images of a batch with their masks, and only the part of the maps that shows the images."
+    rows = [table.iloc[i] for i in batch.index]
+    of_image = true_mask if framing.resize == "pad" else partial(square_mask, framing=framing)
+    masks = [of_image(root, row) for row in rows]
+    shown = [shown_part(mask.shape, framing) for mask in masks]
+    for part, group in groupby(range(len(rows)), shown.__getitem__):
+        first, *others = group
+        images = slice(first, first + 1 + len(others))
+        scores = None if batch.scores is None else batch.scores[images]
+        yield ShownPart(batch.index[images], batch.maps[images][(slice(None), *part)], scores, masks[images])
 
 # %% ../../nbs/running/54_testing.ipynb #6ca9df77
 @dataclass
@@ -117,6 +150,7 @@ class ClassTest:
         self.plan, self.cls = plan, cls
         self.table = plan.dataset.catalog.part(cls=cls, split="test")
         self.defective = (self.table.kind != "good").to_numpy()
+        self.located = ~has_no_mask(self.table).to_numpy()
         self.mode = evaluation_mode(len(self.table), plan.resolved.spec.size)
         self.evaluators = {name: ProtocolEvaluator(get_protocol(name), self.mode) for name in protocols}
         self.keeper, self.replicates, self.replicates_s = SampleKeeper(self.table), Replicates(), 0.
@@ -124,35 +158,43 @@ class ClassTest:
 
     def update(self, batch: BatchPrediction):
         "Add the predictions for a batch of images."
-        rows = self.table.iloc[batch.index]
-        masks = [true_mask(self.plan.dataset.catalog.root, row) for _, row in rows.iterrows()]
-        labels, kinds = self.defective[batch.index], rows.kind.tolist()
-        parts = [e.update(batch.maps, batch.scores, masks, labels, kinds) for e in self.evaluators.values()]
-        for part in parts[0]: self.keep(batch, part)
+        root, framing = self.plan.dataset.catalog.root, framing_of(self.plan.resolved.spec)
+        whole = dict(zip(batch.index, batch.maps))
+        for part in shown_parts(batch, root, self.table, framing):
+            kinds = self.table.kind.iloc[part.index].tolist()
+            truth = (part.masks, self.defective[part.index], kinds, self.located[part.index])
+            counted = [e.update(part.maps, part.scores, *truth) for e in self.evaluators.values()]
+            for compared in counted[0]: self.keep([part.index[i] for i in compared.index], compared, whole)
         for name, values in batch.extra.items(): self.extra.setdefault(name, []).extend(values)
 
-    def keep(self, batch, part):
+    def keep(self, index, compared, whole):
         "Add images that the first protocol compared at one size to the samples and the replicates."
-        index = [batch.index[i] for i in part.index]
-        self.keeper.update(index, [batch.maps[i] for i in part.index], part.scores)
+        self.keeper.update(index, [whole[i] for i in index], compared.scores)
         start = time.perf_counter()
-        self.replicates.update(part.maps, part.scores, part.masks, part.labels)
+        parts = (compared.maps, compared.scores, compared.masks, compared.labels, compared.located)
+        self.replicates.update(*parts)
         self.replicates_s += time.perf_counter() - start
         self.order += index
 
 # %% ../../nbs/running/54_testing.ipynb #23d5a836
 THUMBNAIL = 256     # largest side of a thumbnail, pixels
 
+def square_masks(root: Path, table: pd.DataFrame, framing: Framing, protocol) -> np.ndarray:
+    "The true masks of some images at the size of their maps, under a protocol's rule: bool [N, S, S]."
+    size = (framing.size, framing.size)
+    return np.stack([protocol.masks(square_mask(root, row, framing), size) for _, row in table.iterrows()])
+
 def collect_samples(test: ClassTest) -> Samples:
     "The samples of a tested class, with thumbnails, and with masks at the size of the maps."
-    root, size = test.plan.dataset.catalog.root, test.plan.resolved.spec.size
+    root, framing = test.plan.dataset.catalog.root, framing_of(test.plan.resolved.spec)
+    small = replace(framing, size=min(framing.size, THUMBNAIL))
     protocol = next(iter(test.evaluators.values())).protocol
     reasons, rows = zip(*test.keeper.choices())
     table = test.table.iloc[list(rows)]
     return Samples(
         maps=np.stack([test.keeper.maps[i] for i in rows]),
-        images=np.stack([load_image(root/path, min(size, THUMBNAIL)) for path in table.path]),
-        masks=np.stack([protocol.masks(true_mask(root, row), (size, size)) for _, row in table.iterrows()]),
+        images=np.stack([load_image(root/path, small) for path in table.path]),
+        masks=square_masks(root, table, framing, protocol),
         scores=np.array([test.keeper.scores[i] for i in rows]),
         paths=table.path.tolist(),
         cls=[test.cls]*len(rows),
@@ -225,11 +267,10 @@ class ClassMaps:
 def class_maps(detector, plan: ModelPlan, cls: str, runtime: Runtime) -> ClassMaps:
     "All maps of one class of a model, with the true masks at their size."
     table = plan.dataset.catalog.part(cls=cls, split="test")
-    spec, root = plan.resolved.spec, plan.dataset.catalog.root
+    spec = plan.resolved.spec
     batches = predict_class(detector, plan, class_images(plan, cls), runtime)
     maps = np.concatenate([to_numpy(batch.maps) for batch in batches])
-    protocol, shape = get_protocol(spec.protocols[0]), (spec.size, spec.size)
-    masks = np.stack([protocol.masks(true_mask(root, row), shape) for _, row in table.iterrows()])
+    masks = square_masks(plan.dataset.catalog.root, table, framing_of(spec), get_protocol(spec.protocols[0]))
     return ClassMaps(cls, table.path.tolist(), table.kind.tolist(), maps, masks)
 
 # %% ../../nbs/running/54_testing.ipynb #b2ae6c10
@@ -244,12 +285,14 @@ def calibration_scores(
     for cls in plan.dataset.classes:
         table = plan.dataset.catalog.part(cls=cls, split="calibration")
         if not len(table): continue
+        root, framing = plan.dataset.catalog.root, framing_of(plan.resolved.spec)
         scores = np.zeros(len(table))
         for batch in predict_class(detector, plan, class_images(plan, cls, "calibration"), runtime):
-            masks = [true_mask(plan.dataset.catalog.root, table.iloc[i]) for i in batch.index]
-            good = raw_batch(batch.maps, batch.scores, masks, np.zeros(len(masks), bool), ["good"]*len(masks))
-            for part in evaluate_batch(get_protocol(protocol), good):
-                scores[np.array(batch.index)[part.index]] = part.scores
+            for part in shown_parts(batch, root, table, framing):
+                n = len(part.index)
+                good = raw_batch(part.maps, part.scores, part.masks, np.zeros(n, bool), ["good"]*n)
+                for compared in evaluate_batch(get_protocol(protocol), good):
+                    scores[np.array(part.index)[compared.index]] = compared.scores
         tables.append(pd.DataFrame(dict(path=table.path, cls=cls, score=scores)))
     if not tables: return pd.DataFrame(columns=["path", "cls", "score"])
     return pd.concat(tables, ignore_index=True)

@@ -13,7 +13,7 @@ __all__ = ['OPTIMIZERS', 'FETCHED', 'seed_all', 'to_device', 'channels_last', 'l
 import csv, math, os, random, time, warnings
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 import numpy as np
 import PIL
@@ -24,7 +24,7 @@ from ..data.defects import Defects, Textures
 from ..data.loading import TURNS, ImageDataset, batches, prefetched, steps_of_pass
 from ..errors import TrainingError
 from ..parts.feature_cache import FeatureCache, clean_features, open_feature_cache
-from .identity import ModelPlan, short_hash
+from .identity import ModelPlan, framing_of, short_hash
 from .runtime import Runtime
 
 # %% ../../nbs/running/53_training.ipynb #246d9e0d
@@ -107,7 +107,8 @@ def cached_features(
     "The stored clean features of these images, possibly of some only; None where nothing can be stored."
     clean = copy(images)
     clean.images, clean.defects = True, None
-    identity = f"{fingerprint} {images.size} pillow {PIL.__version__} {short_hash(list(images.paths))}"
+    how, names = astuple(images.framing), short_hash(list(images.paths))
+    identity = f"{fingerprint} {how} pillow {PIL.__version__} {names}"
     about = dict(data=images.root.name, size=images.size)
     def make(): return batches(clean, batch, workers=runtime.workers)
     return open_feature_cache(
@@ -172,10 +173,10 @@ def labelled_anomalies(
     runtime: Runtime,
 ) -> LabelledAnomalies | None:
     "The labelled anomalies of a model's classes, or None where there are none."
-    catalog, batch, size = plan.dataset.catalog, plan.resolved.recipe.batch, plan.resolved.spec.size
+    catalog, batch, spec = plan.dataset.catalog, plan.resolved.recipe.batch, plan.resolved.spec
     turns = TURNS if "turned" in detector.needs else 1
     table = catalog.part(split="labelled")
-    images = ImageDataset(catalog.root, table, size, catalog.classes, masks=True, turns=turns)
+    images = ImageDataset(catalog.root, table, framing_of(spec), catalog.classes, masks=True, turns=turns)
     if not len(images): return None
     cache = cached_features(detector.backbone, images, plan.dataset.fingerprint, batch, runtime)
     return LabelledAnomalies(detector, images, batch, runtime, cache)
@@ -188,7 +189,7 @@ def load_training_data(
 ) -> TrainingData:
     "What one model of a run trains on."
     catalog, spec, batch = plan.dataset.catalog, plan.resolved.spec, plan.resolved.recipe.batch
-    images = ImageDataset(catalog.root, catalog.part(split="train"), spec.size, catalog.classes)
+    images = ImageDataset(catalog.root, catalog.part(split="train"), framing_of(spec), catalog.classes)
     labelled = labelled_anomalies(detector, plan, runtime)
     cache = cached_features(detector.backbone, images, plan.dataset.fingerprint, batch, runtime)
     data = TrainingData(images, cache, labelled)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from time_run import empty_store
 from timed_requests import answer, stay_on_cores
-from mdd_bench.data.images import load_image
+from mdd_bench.data.images import Framing, load_image
 from mdd_bench.running.identity import model_plans, resolve
 from mdd_bench.running.models import make_detector
 from mdd_bench.running.runtime import Runtime
@@ -52,7 +52,7 @@ class Ours:
         "All test images, uint8 [N, 3, S, S]."
         catalog, size = self.plan.dataset.catalog, self.plan.resolved.spec.size
         paths = catalog.part(split="test").path
-        images = np.stack([load_image(catalog.root/path, size).transpose(2, 0, 1) for path in paths])
+        images = np.stack([load_image(catalog.root/path, Framing(size)).transpose(2, 0, 1) for path in paths])
         return torch.from_numpy(images)
 
     def warm_up(self, *features):
