@@ -71,7 +71,7 @@ class Catalog:
         "Returns the `split_counts` of each class; `calibration` only where there are such images."
         counts = pd.DataFrame({c: split_counts(self.part(cls=c)) for c in self.classes}).T
         has_calibration = (self.table.split == "calibration").any()
-        return counts if has_calibration else counts.drop(columns="calibration")
+        return counts if has_calibration else counts.drop(columns="calibration", errors="ignore")
 
 # %% ../../nbs/data/01_catalog.ipynb #d2d4ac3f
 DIGEST_VERSION = 4  # raised whenever a `Digest` says something else, so that remembered ones are forgotten

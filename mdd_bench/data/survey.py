@@ -111,7 +111,8 @@ def contact_sheet(
     rows = [shown_rows(found, cls) for cls in found.catalog.classes]
     lines = [[thumbnail(found, row, value_range) for row in line] for line in rows]
     gap, high = 4, SIDE + LINE + 4
-    sheet = Image.new("RGB", (max(map(len, lines))*(SIDE + gap) + gap, len(lines)*high + gap), "white")
+    width = max(map(len, lines), default=0)*(SIDE + gap) + gap
+    sheet = Image.new("RGB", (width, len(lines)*high + gap), "white")
     for y, line in enumerate(lines):
         for x, card in enumerate(line): sheet.paste(card, (gap + x*(SIDE + gap), gap + y*high))
     return sheet
