@@ -8,7 +8,7 @@ __all__ = ['CC_BY', 'CC_BY_NC_SA', 'MVTEC_PAGE', 'MVTEC_FILES', 'mvtec', 'MVTEC'
            'MOST_TIMES', 'NOTE', 'DownloadError', 'Licence', 'Source', 'find_source', 'size_text', 'list_sources',
            'size_of', 'version_of', 'version_file', 'ask', 'Refused', 'check_answer', 'place', 'check_room', 'receive',
            'reason', 'Resume', 'Member', 'target', 'open_in_tar', 'tar_members', 'zip_members', 'write_members',
-           'top_folder', 'unpack', 'describe_source', 'is_complete', 'check_start', 'alone', 'fetch_archive',
+           'top_folder', 'unpack', 'describe_source', 'is_complete', 'check_start', 'work_folder', 'fetch_archive',
            'download']
 
 # %% ../../nbs/data/08_download.ipynb #e486cca2
@@ -256,7 +256,7 @@ def receive(
     if total and size_of(part) != total:
         raise requests.ConnectionError(f"it broke off after {size_of(part)} of {total} bytes")
 
-# %% ../../nbs/data/08_download.ipynb #23e90e10
+# %% ../../nbs/data/08_download.ipynb #2c62411d
 def reason(
     problem: requests.RequestException,
 ) -> str:
@@ -266,6 +266,7 @@ def reason(
     innermost = re.split(r"Caused by |[)>]: ", text)[-1]
     return re.sub(r"['\"]\)+$", "", innermost)
 
+# %% ../../nbs/data/08_download.ipynb #23e90e10
 @dataclass
 class Resume:
     "A downloader for pooch that goes on where the last one stopped."
@@ -310,7 +311,7 @@ def target(
     "Where a member is to be written; raises `DownloadError` where it has no business there."
     path = PureWindowsPath(member.name)
     what, remedy = f"member {member.name!r} of the archive", "nothing was unpacked; tell its owners"
-    outside = path.drive or path.root or ".." in path.parts or ":" in member.name or "\0" in member.name
+    outside = path.root or ".." in path.parts or ":" in member.name or "\0" in member.name
     if outside: raise DownloadError(f"{what} leads out of its folder", remedy)
     if member.kind not in ("file", "folder"): raise DownloadError(f"{what} is a {member.kind}", remedy)
     return folder.joinpath(*path.parts)
@@ -402,8 +403,10 @@ def describe_source(
     source: Source,
 ) -> list[str]:
     "The lines that tell of a dataset and the terms of its use."
+    classes = "1 class" if source.classes == 1 else f"{source.classes} classes"
+    size = f", {size_text(source.size)}" if source.size else ""
     return [
-        f"{source.title}: {source.classes} classes {size_text(source.size)}".rstrip(),
+        f"{source.title}: {classes}{size}",
         f"licence  {source.licence.name}: {source.licence.terms}",
         f"         {source.licence.url}",
         f"cite     {source.cite}",
@@ -415,10 +418,12 @@ def is_complete(
     out: Path | str,     # the folder of all datasets
 ) -> bool:
     "Whether a dataset was downloaded and unpacked before: its folder has a note with the same checksum."
-    try: note = json.loads((Path(out)/source.name/NOTE).read_text(encoding="utf-8"))
+    file = Path(out).expanduser()/source.name/NOTE
+    try: note = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError): return False
     return isinstance(note, dict) and note.get("checksum") == source.checksum
 
+# %% ../../nbs/data/08_download.ipynb #a9eacd57
 def check_start(
     source: Source,
     folder: Path,              # that the dataset is to lie in
@@ -435,30 +440,37 @@ def check_start(
         problem = f"{title} is under {licence.name}, {licence.url}, which was not agreed to"
         raise DownloadError(problem, "add --accept-licence to agree")
 
-# %% ../../nbs/data/08_download.ipynb #a9eacd57
+# %% ../../nbs/data/08_download.ipynb #846f588d
 @contextmanager
-def alone(
+def work_folder(
     folder: Path,      # that a dataset is to lie in
-):
-    "Keeps a second process from downloading the same dataset at the same time; raises `DownloadError` there."
+) -> Iterator[Path]:   # beside it: what is on its way lies there
+    "For one process at a time; raises `DownloadError` in a second one. Removed when nothing is left in it."
+    work = folder.with_name(folder.name + ".download")
     try:
-        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0): yield
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            work.mkdir(exist_ok=True)
+            for stray in work.glob("tmp*"): stray.unlink()       # pooch's, of a process that was killed
+            try: yield work
+            finally:
+                if not any(work.iterdir()): work.rmdir()
     except Timeout as e:
         raise DownloadError(f"{folder} is being downloaded by another process", "wait for it") from e
 
 def fetch_archive(
     source: Source,
-    out: Path,             # the folder of all datasets
+    work: Path,            # where the archive goes
     **options,             # of `Resume`
 ) -> Path:
     "The archive of a dataset with the right checksum, fetched unless it is there; raises `DownloadError`."
     pooch.get_logger().setLevel("WARNING")
-    downloader = Resume(out/f"{source.archive}.part", source.page, **options)
-    try: return Path(pooch.retrieve(source.url, source.checksum, source.archive, out, downloader=downloader))
+    downloader = Resume(work/f"{source.archive}.part", source.page, **options)
+    try: return Path(pooch.retrieve(source.url, source.checksum, source.archive, work, downloader=downloader))
     except ValueError as problem:      # pooch names the file, both checksums, and has removed it
         problem = str(problem).split(". ")[0]
         raise DownloadError(problem, f"it was removed; try again, or see {source.page}") from None
 
+# %% ../../nbs/data/08_download.ipynb #a4e73d52
 def download(
     source: Source | str,          # or the name of one of `SOURCES`
     out: Path | str = "data",      # the folder of all datasets
@@ -473,8 +485,8 @@ def download(
     check_start(source, folder, accept_licence)
     with disk_errors(str(out)):
         out.mkdir(parents=True, exist_ok=True)
-        with alone(folder):
-            archive = fetch_archive(source, out, **options)
+        with work_folder(folder) as work:
+            archive = fetch_archive(source, work, **options)
             note = dict(dataset=source.title, url=source.url, checksum=source.checksum)
             unpack(archive, folder, note | dict(licence=source.licence.name, cite=source.cite))
             archive.unlink()
