@@ -189,7 +189,7 @@ def ask(
     headers = {"Accept-Encoding": "identity"}      # the bytes of the file itself
     if size_of(part):
         headers["Range"] = f"bytes={size_of(part)}-"
-        if size_of(version_file(part)): headers["If-Range"] = version_file(part).read_text(encoding="ascii")
+        if size_of(version_file(part)): headers["If-Range"] = version_file(part).read_text(encoding="latin-1")
     return requests.get(url, headers=headers, stream=True, timeout=WAIT)
 
 # %% ../../nbs/data/08_download.ipynb #f021f00d
@@ -246,7 +246,7 @@ def receive(
         start, total = place(response, part)
         if start == total and start: return
         if total: check_room(part.parent, total - start + total)
-        if not start: version_file(part).write_text(version_of(response.headers), encoding="ascii")
+        if not start: version_file(part).write_text(version_of(response.headers), encoding="latin-1")
         response.raw.enforce_content_length = False      # what came of a short answer is kept
         bar = tqdm(desc=part.stem, total=total, initial=start, **BAR, unit="B", unit_scale=True)
         with bar, part.open("ab" if start else "wb") as file:
