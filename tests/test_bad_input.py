@@ -323,7 +323,7 @@ def test_any_table_is_read_or_refused(tmp_path_factory, rows, head):
     answered(root)
 
 NAME = strategies.sampled_from(["train", "test", "good", "ok", "bad", "rgb", "Train", "Label", "a", "01",
-                                "gt", "ground_truth", "test_public", "kos01", ".hidden", "masks", "realiad_jsons"])
+                                "gt", "ground_truth", "test_public", "kos01", ".hidden", "masks"])
 FILE = strategies.sampled_from(["0.png", "0_mask.png", "Part0_label.bmp", "Part0.jpg", "1_GT.png", "1.png",
                                 "Thumbs.db", ".0.png", "a.json", "meta.json", "train.json"])
 
