@@ -60,7 +60,8 @@ def disk_errors(
         problem, kept = f"{e.filename or where}: {e.strerror}", "what is recorded is kept"
         if e.errno in FULL: raise FullDiskError(problem, f"make room; {kept}") from e
         if not e.filename or e.errno not in (*FORBIDDEN, *WRONG_KIND): raise
-        raise DiskError(problem, f"choose another place, or ask for access; {kept}") from e
+        remedy = f"choose another place (the cache: MDD_BENCH_CACHE), or ask for access; {kept}"
+        raise DiskError(problem, remedy) from e
 
 # %% ../nbs/00_errors.ipynb #8c833ffc
 def unknown(

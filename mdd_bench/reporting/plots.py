@@ -317,7 +317,8 @@ def _draw_gains(ax, gains, most):
             ax.text(x, y, f"{gain:+.1f}", ha="center", va="center", fontsize=7, color=colour)
             if tested in str(source).split("+"):
                 ax.add_patch(Rectangle((x - .47, y - .47), .94, .94, fill=False, ec="k", lw=1.2))
-    ax.set(yticks=[], xticks=range(len(gains.columns)), xticklabels=gains.columns)
+    ax.set_yticks([])
+    ax.set_xticks(range(len(gains.columns)), gains.columns, rotation=25, ha="right", rotation_mode="anchor")
     ax.set_xlabel("labelled anomalies of")
     return image
 
