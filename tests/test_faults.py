@@ -2,7 +2,7 @@
 
 A batch that does not fit is cut, and the record says so. Nothing damaged is trusted. A restart gives the
 weights of an unbroken run."""
-import os, pickle, random, signal, time
+import hashlib, os, pickle, random, signal, sys, time
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -205,6 +205,50 @@ def test_features_of_defects_are_computed_in_parts_too():
     assert at_once.images == 3 and torch.equal(features[0], 2*whole)
     assert torch.equal(features[1], whole.mean((2, 3)))
 
+class Hungry(torch.nn.Module):
+    "A detector whose losses really take memory: 64 MB for each image."
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def losses(self, batch):
+        x = batch["features"][0]
+        self.taken = torch.empty(len(x), 2**26, dtype=torch.uint8, device=x.device)
+        terms = dict(size=(self.gain*x).square().mean())
+        del self.taken
+        return terms
+
+def hungry_parts(device="cpu"):
+    "Into how many parts two steps with eight images are cut."
+    detector, at_once, recipe = Hungry().to(device), AtOnce(8), RD4AD.recipe
+    optimizer = torch.optim.Adam(detector.parameters())
+    batch = dict(features=[torch.ones(8, 1, device=device)], path=list("abcdefgh"))
+    for _ in range(2): train_step(detector, batch, optimizer, recipe, "float32", at_once)
+    return at_once.parts
+
+def hungry_child(pipe):
+    "Called in a process of its own, which may take little more than it has: room for five images."
+    import resource
+    taken = int(open("/proc/self/statm").read().split()[0])*resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 5*2**26 + 2**25,)*2)
+    pipe.send(hungry_parts())
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+def test_a_process_with_little_memory_cuts_its_batches():
+    ours, theirs = get_context("fork").Pipe()
+    child = get_context("fork").Process(target=hungry_child, args=(theirs,), daemon=True)
+    child.start()
+    assert ours.poll(60) and ours.recv() == 2
+    child.join()
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_with_little_memory_cuts_its_batches():
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 5*2**26 + 2**25)/total)
+    try: assert hungry_parts("cuda") == 2
+    finally: torch.cuda.set_per_process_memory_fraction(1.)
+
 # --- memory: a run
 
 def refuse(monkeypatch, cls, method, most):
@@ -248,7 +292,7 @@ def test_a_test_in_parts_gives_the_same_numbers(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="1 images at once"): record = run(spec, tmp_path/"cut")
     a, b = whole.scores(), record.scores()
     assert a.path.tolist() == b.path.tolist() and np.allclose(a.score, b.score, rtol=1e-4)
-    assert record.provenance["test_split"] == 16 and "batch_split" not in record.provenance
+    assert record.provenance["test_split"] == 6 and "batch_split" not in record.provenance
     assert "test_split" not in whole.provenance and "‡" not in printed(record)
 
 def test_a_bank_that_does_not_fit_is_one_line(cli, tmp_path, monkeypatch):
@@ -445,7 +489,6 @@ class Trap:
 
 def sealed_bytes(path, content):
     "Write bytes with their hash."
-    import hashlib
     path.write_bytes(content + hashlib.sha256(content).digest())
 
 def flipped(path, share):
@@ -565,6 +608,26 @@ def test_a_checkpoint_of_another_spec_is_not_used(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="of another training"):
         record = run(replace(spec, seed=1), tmp_path/"second")
     assert record.metrics == whole.metrics
+
+# --- a damaged history
+
+@pytest.mark.parametrize("damage", [b"\0"*40, b"0,1,nonsense,3,4\n", b"0,1", b"\xff\xfe,,\n"])
+def test_a_damaged_history_costs_its_lines_only(tiny, unbroken, tmp_path, damage):
+    with pytest.raises(Stopped): train_tiny(tiny, tmp_path, stop=STEPS + 1)
+    with (tmp_path/"history.csv").open("ab") as file: file.write(damage)
+    with pytest.warns(UserWarning, match="history.csv: lines that are not numbers were dropped"):
+        detector = train_tiny(tiny, tmp_path)
+    assert same(tensors(detector), tensors(unbroken[0]))
+    assert (tmp_path/"history.csv").read_bytes() == unbroken[1]
+
+def test_a_restart_that_is_killed_keeps_the_history(tiny, tmp_path, monkeypatch):
+    "It is written anew beside the old one."
+    with pytest.raises(Stopped): train_tiny(tiny, tmp_path, stop=STEPS + 1)
+    before = (tmp_path/"history.csv").read_bytes()
+    def killed(self, row): raise Stopped
+    monkeypatch.setattr(loop.History, "write", killed)
+    with pytest.raises(Stopped): train_tiny(tiny, tmp_path)
+    assert (tmp_path/"history.csv").read_bytes() == before
 
 # --- damaged features
 

@@ -76,7 +76,7 @@ def predictions(
     cache: FeatureCache | None = None,  # of the features of these images
 ):                                      # yields BatchPrediction
     "Yields the predictions for test images, in the order of the images."
-    done, at_once = 0, AtOnce(batch)
+    done, at_once = 0, AtOnce(min(batch, len(images)))
     for b in feed(detector, images, batch, runtime, cache):
         maps, scores, extra = predict_batch(detector, b["features"], images.size, at_once)
         index = list(range(done, done + len(maps)))

@@ -9,7 +9,7 @@ __all__ = ['NO_MEMORY', 'LESS', 'OPTIMIZERS', 'SMALL', 'FETCHED', 'DISTRUSTED', 
            'TrainingData', 'labelled_anomalies', 'load_training_data', 'make_optimizer', 'rate_factor', 'set_rates',
            'check_finite', 'cut_batch', 'part_of', 'batch_norm_errors', 'add_gradients', 'StateBefore', 'train_step',
            'has_bfloat16', 'warn_of_imitation', 'LossTerms', 'HashingFile', 'save_sealed', 'is_sealed',
-           'save_checkpoint', 'shapes', 'read_checkpoint', 'set_aside', 'load_checkpoint', 'History',
+           'save_checkpoint', 'shapes', 'read_checkpoint', 'set_aside', 'load_checkpoint', 'epoch_of', 'History',
            'RepeatableBatches', 'clean_batches', 'call_hook', 'total_steps', 'train_epoch', 'train_epochs', 'train']
 
 # %% ../../nbs/running/53_training.ipynb #3901292d
@@ -373,7 +373,8 @@ class StateBefore:
     def __init__(self, detector):
         self.device = next(detector.parameters()).device
         self.random, self.cuda = torch.get_rng_state(), None
-        if self.device.type == "cuda": self.cuda = torch.cuda.get_rng_state(self.device)
+        on_gpu = self.device.type == "cuda" and torch.cuda.is_initialized()     # a test only pretends one
+        if on_gpu: self.cuda = torch.cuda.get_rng_state(self.device)
         self.buffers = [(b, b.clone()) for b in detector.buffers() if b.numel() <= SMALL]
 
     @torch.no_grad()
@@ -527,17 +528,29 @@ def load_checkpoint(
     return epoch
 
 # %% ../../nbs/running/53_training.ipynb #d1f14ca3
+def epoch_of(
+    row: dict,     # a line of a history, as text
+) -> int | None:
+    "The epoch of a line; None for a line that is not made of numbers."
+    try:
+        for value in row.values(): float(value)
+        return int(row["epoch"])
+    except (KeyError, TypeError, ValueError): return None
+
 class History:
     "A CSV of loss terms per step: epoch, step, loss, then each term."
     def __init__(self,
         path: Path,
         epochs_done: int = 0,  # lines of these epochs are kept, those of later ones dropped
     ):
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+        text = path.read_text(errors="replace").replace("\0", "?") if path.is_file() else ""
+        rows = [(epoch_of(row), row) for row in csv.DictReader(text.splitlines())]
+        if any(epoch is None for epoch, _ in rows):
+            warnings.warn(f"{path}: lines that are not numbers were dropped", stacklevel=2)
         self.path = path.with_suffix(".part")
         self.path.write_text("")
-        for row in rows:
-            if int(row["epoch"]) < epochs_done: self.write(row)
+        for epoch, row in rows:
+            if epoch is not None and epoch < epochs_done: self.write(row)
         self.path = self.path.replace(path)
 
     def write(self, row: dict):
@@ -608,7 +621,7 @@ def train_epoch(
 def train_epochs(
         detector, data, recipe, runtime, clean, seed, precision, folder, training, save_every, save_last):
     "Run the epochs of `train`, whose arguments these are (`clean`: the hooks' batches); returns an `AtOnce`."
-    optimizer, at_once = make_optimizer(detector, recipe), AtOnce(recipe.batch)
+    optimizer, at_once = make_optimizer(detector, recipe), AtOnce(min(recipe.batch, len(data.images)))
     path = folder and folder/"checkpoint.pt"
     done = load_checkpoint(path, detector, optimizer, at_once, training) if folder else 0
     losses = LossTerms(History(folder/"history.csv", done).add if folder else lambda *step: None)
