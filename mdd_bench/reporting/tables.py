@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BROUGHT', 'SEEDS', 'FOLLOWS', 'TABLE_METRICS', 'DRESS', 'settings', 'arm_columns', 'comparable', 'Arm', 'arms',
-           'scores_frame', 'not_converged', 'summary', 'per_class', 'seen_and_unseen', 'transfer', 'marks',
-           'to_markdown', 'caption', 'costs', 'write_table']
+           'scores_frame', 'not_converged', 'split_batches', 'summary', 'per_class', 'seen_and_unseen', 'transfer',
+           'marks', 'to_markdown', 'caption', 'costs', 'write_table']
 
 # %% ../../nbs/reporting/61_tables.ipynb #11756872
 import json
@@ -222,6 +222,19 @@ def not_converged(
                 short[key] = f"{arm.name} ({taken} of {needed} steps)"
     return short
 
+# %% ../../nbs/reporting/61_tables.ipynb #c28b1427
+def split_batches(
+    records,                         # comparable Records
+    by: str|list|dict = "detector",  # what tells the arms apart, as in `comparable`
+) -> dict:                           # {the arm's values in the index: a few words}
+    "The arms with trainings whose batches were cut into parts because memory ran out."
+    split = {}
+    for arm in arms(records, by):
+        parts = [number for record in arm.records for number in _facts(record, "batch_split")]
+        values = tuple(arm.values.values())
+        if parts: split[values if len(values) > 1 else values[0]] = f"{arm.name} ({max(parts)} parts)"
+    return split
+
 # %% ../../nbs/reporting/61_tables.ipynb #47aa445c
 TABLE_METRICS = ("I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO", "mAD")
 
@@ -239,7 +252,7 @@ def _average_over_seeds(
         ids = " ".join(record.id for record in arm.records)
         rows.append({**arm.values, **mean, **std, "n": len(arm.records), "records": ids})
     table = pd.DataFrame(rows).set_index(arm_columns(by))
-    table.attrs["not converged"] = not_converged(records, by)
+    table.attrs["marked"] = {"†": not_converged(records, by), "‡": split_batches(records, by)}
     return table
 
 # %% ../../nbs/reporting/61_tables.ipynb #d9dfb8c0
@@ -383,11 +396,11 @@ def to_markdown(
     columns = [column for column in table if f"{column} std" in table]
     cells = [_cells(table, column, digits) for column in columns]
     rows = [[*table.index.names, *columns], [":---"]*table.index.nlevels + ["---:"]*len(columns)]
-    marked = table.attrs.get("not converged", {})
+    marked = table.attrs.get("marked", {})
     for i, arm in enumerate(table.index):
         values = arm if isinstance(arm, tuple) else (arm,)
         heads = [str(value).replace("|", r"\|") for value in values]
-        if arm in marked: heads[0] += " †"
+        heads[0] = " ".join([heads[0], *(mark for mark, arms_marked in marked.items() if arm in arms_marked)])
         rows.append(heads + [column[i] for column in cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -469,6 +482,8 @@ def caption(
     sentences.append("F1max uses the best threshold on the test set.")
     short = not_converged(records, by)
     if short: sentences.append(f"† Not converged: {', '.join(short.values())}.")
+    split = split_batches(records, by)
+    if split: sentences.append(f"‡ Memory ran out, and batches were cut: {', '.join(split.values())}.")
     sentences.append(f"Data fingerprint {_by_arm(records, by, 'data_fingerprint')}.")
     if _unverified(records):
         sentences.append(f"Not verified against published numbers: {_unverified(records)}.")

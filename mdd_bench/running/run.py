@@ -21,6 +21,7 @@ from .spec import RunSpec
 from .store import (
     Record, Store, find_damage, find_model, quarantine, save_models, write_outcomes)
 from .testing import collect_metrics, prediction_quality
+from .training import memory_errors
 
 # %% ../../nbs/running/58_run.ipynb #22292dd9
 def joined_facts(models: list[ModelOutcome], plans: list[ModelPlan]) -> dict:
@@ -85,6 +86,7 @@ def workplace(
 
 # %% ../../nbs/running/58_run.ipynb #b37a8b6a
 @disk_errors()
+@memory_errors()
 def run(
     spec: RunSpec,
     out,                             # results folder; the record is <out>/runs/<id>/

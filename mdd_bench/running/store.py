@@ -222,13 +222,13 @@ def write_outcomes(
     calibration: pd.DataFrame, # scores of calibration images, possibly none
     manifest: dict | None,     # of the labelled anomalies, if any
 ):
-    "Write all files of a run but its record and its model, and remove its checkpoints."
+    "Write all files of a run but its record and its model; remove its checkpoints, damaged ones too."
     pd.concat([o.scores for o in outcomes.values()]).to_csv(folder/"scores.csv", index=False)
     write_samples(folder/"samples.npz", join_samples([o.samples for o in outcomes.values()]))
     write_replicates(folder/"replicates.npz", {cls: o.replicates for cls, o in outcomes.items()})
     if len(calibration): calibration.to_csv(folder/"calibration.csv", index=False)
     if manifest: write_manifest(manifest, folder/"manifest.json")
-    for name in ("checkpoint.pt", "progress"): (folder/name).unlink(missing_ok=True)
+    for path in (folder/"progress", *folder.glob("checkpoint*")): path.unlink(missing_ok=True)
     merge_histories(folder)
 
 # %% ../../nbs/running/57_store.ipynb #3c4d9f24
