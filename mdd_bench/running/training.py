@@ -538,6 +538,7 @@ def epoch_of(
         return int(row["epoch"])
     except (KeyError, TypeError, ValueError): return None
 
+# %% ../../nbs/running/53_training.ipynb #34d4c153
 class History:
     "A CSV of loss terms per step: epoch, step, loss, then each term."
     def __init__(self,
