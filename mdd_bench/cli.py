@@ -134,21 +134,26 @@ def inspected(spec):
     from mdd_bench.data.datasets import inspect_dataset
     return inspect_dataset(spec.data, **{name: getattr(spec, name) for name in DATA_FIELDS})
 
-def write_table(found, file: Path):
-    "Write the table of a dataset; raises `SpecError` for a file outside of its folder."
+def write_table(found, file: Path) -> Path:
+    "Write the table of a dataset; raises `SpecError` for a file outside of its folder, or one that is there."
     root = found.catalog.root.resolve()
     if file.suffix.lower() != ".csv" or file.resolve().parent != root:
         raise SpecError(f"--csv {file}", f"its paths are relative to its folder: give {root/'table.csv'}")
+    if file.exists(): raise SpecError(f"--csv {file}", "it is there already: give another name, or remove it")
     with disk_errors(): found.catalog.table.to_csv(file, index=False)
+    return file
 
-def save_sheet(found, spec, file: Path):
+def save_sheet(found, spec, file: Path) -> Path:
     "Draw the contact sheet of a dataset; raises `SpecError` for a file that is no PNG."
     from mdd_bench.data.survey import contact_sheet
     if file.suffix.lower() != ".png": raise SpecError(f"--sheet {file}", "give a file that ends in .png")
+    if file.exists() and found.catalog.root.resolve() in file.resolve().parents:
+        raise SpecError(f"--sheet {file}", "it is a file of the dataset: give another name")
     picture = contact_sheet(found, spec.value_range)
     with disk_errors():
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(file)
+    return file
 
 # %% ../nbs/cli.ipynb #7b0c4eea
 def print_json(found):
@@ -156,9 +161,9 @@ def print_json(found):
     from mdd_bench.data.survey import survey_values
     print(json.dumps(survey_values(found), indent=1))
 
-def print_survey(found, files):
-    "Print what is known of a dataset, the files that were written, and all that is wrong."
-    from mdd_bench.data.survey import survey_table
+def print_survey(found):
+    "Print what is known of a dataset, and all that is wrong."
+    from mdd_bench.data.survey import looks, survey_table
     catalog = found.catalog
     print(survey_table(found).to_string())
     print(f"layout {catalog.layout}, {len(catalog.table)} images, fingerprint {found.fingerprint}")
@@ -166,8 +171,7 @@ def print_survey(found, files):
     if others: print(f"other files: {others}")
     if catalog.left_out: print(f"left out: {catalog.left_out} anomalous images of the training set")
     if found.skipped: print(f"left out: {len(found.skipped)} images or masks that cannot be read")
-    for file in filter(None, files): print(file)
-    for warning in found.warnings: print(f"LOOK: {warning}")
+    for line in looks(found): print(f"LOOK: {line}")
     for problem in found.problems: print(f"PROBLEM: {problem}")
 
 # %% ../nbs/cli.ipynb #7c537dc5
@@ -175,7 +179,7 @@ DATA_FIELDS = ("classes", "layout", "value_range", "masks", "skip_broken")
 DATA_FLAGS = {name: spec_options()[name] for name in DATA_FIELDS}
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="print all of it as JSON")]
 TableFile = Annotated[Path | None, typer.Option(
-    metavar="FILE", help="write the table of all images, to be edited")]
+    metavar="FILE", help="write the table of all images, to be edited, into a new file in the folder")]
 SheetFile = Annotated[Path | None, typer.Option(
     metavar="FILE", help="draw an image of each class and kind, as PNG")]
 DataOrNone = Annotated[str | None, typer.Argument(metavar="DATA", help=f"{DATA_HELP}; none: the layouts")]
@@ -196,10 +200,10 @@ def datasets(
     if data is None: return print_layouts()
     spec = make_spec(data=data, **values)
     found = inspected(spec)
-    if csv: write_table(found, csv)
-    if sheet: save_sheet(found, spec, sheet)
     if as_json: print_json(found)
-    else: print_survey(found, [csv, sheet])
+    else: print_survey(found)
+    if csv: print(write_table(found, csv))
+    if sheet: print(save_sheet(found, spec, sheet))
     if found.problems: raise typer.Exit(2)
 
 

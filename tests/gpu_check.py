@@ -472,7 +472,8 @@ class DrawnImages(ImageDataset):
     "Images in memory, in the place of files."
     def __init__(self, number, size):
         self.pictures = np.random.default_rng(0).random((number, 3, size, size), dtype=np.float32)
-        self.framing, self.rows, self.paths = Framing(size), number, [f"{i}.png" for i in range(number)]
+        self.framing, self.size, self.rows = Framing(size), size, number
+        self.paths = [f"{i}.png" for i in range(number)]
         self.cls = [i % 2 for i in range(number)]
         self.masks, self.images, self.defects, self.epoch = None, True, None, 0
 

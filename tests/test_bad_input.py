@@ -113,7 +113,7 @@ DATA = {
     "no kind": (table("a.png,,a,test,"), "line 2: no kind of a.png"),
     "no path": (table(",,a,train,good"), "line 2: no path of an image"),
     "unknown split": (
-        table("a.png,,a,training,good"), "line 2: split 'training' of a.png. known: train, test"),
+        table("a.png,,a,training,good"), "line 2: split 'training' of a.png. known are train, test"),
     "path outside": (
         table("../a.png,,a,train,good"), "line 2 names '../a.png', which is no file in its folder"),
     "absolute path": (table("/etc/passwd,,a,train,good"), "names '/etc/passwd'"),
@@ -122,7 +122,8 @@ DATA = {
     "class with a slash": (
         table("a.png,,a/b,train,good"), "'a/b' as a class or kind. use the name of a folder"),
     "class above": (table("a.png,,..,train,good"), "'..' as a class or kind"),
-    "missing file": (table("a.png,,a,train,good", "b.png,,a,test,good"), "cannot read .*a.png .No such file"),
+    "missing files": (
+        table("a.png,,a,train,good", "b.png,,a,test,good"), "none of the 2 images of a is there, .*a.png"),
     "not utf-8": (not_utf_8, "cannot read .*table.csv"),
     "null bytes": (table("a\0b.png,,a,train,good"), "cannot read|which is no file"),
     # lists
@@ -136,10 +137,10 @@ DATA = {
     "an entry that is none": (meta(dict(train=dict(a=[3]), test={})), "has no 'anomaly' in 3"),
     "an entry without image": (meta(dict(train=dict(a=[dict(anomaly=0)]), test={})), "has no 'img_path'"),
     "a list that leads outside": (entry(img_path="../../etc/passwd"), "which is no file in its folder"),
-    "a list of missing files": (entry(), "cannot read .*a.png"),
+    "a list of missing files": (entry(), "none of the 1 images of a is there"),
     "no images": (meta(dict(train={}, test={})), "no images in .* as layout ader"),
     "uniad without a test": (
-        only(("train.json", '{"filename": "a.png", "label": 0}\n')), "cannot read .*test.json"),
+        only(("train.json", '{"filename": "a/train/good/0.png", "label": 0}\n')), "cannot read .*test.json"),
     "uniad of another form": (only(("train.json", "[]\n"), ("test.json", "")), r"has no 'label' in \[\]"),
     "realiad without meta": (only(("realiad_jsons/a.json", "{}")), "has no 'meta'"),
     "realiad without lists": (only(("realiad_jsons/readme.txt", "")), "no images in .* as layout realiad"),
@@ -186,6 +187,11 @@ FLAGS = {
     "table elsewhere": (
         ["datasets", "ROOT", "--csv", "/tmp/elsewhere.csv"], "its paths are relative to its folder"),
     "table of another kind": (["datasets", "ROOT", "--csv", "ROOT/table.xlsx"], "give .*table.csv"),
+    "layout of a drawn one": (
+        ["run", "--data", "embedded-v1-smoke", "--layout", "visa"], "layout visa with embedded"),
+    "a file for a folder": (["datasets", "ROOT/gear/train/good/000.png"], "is a file. give the folder"),
+    "sheet over an image": (
+        ["datasets", "ROOT", "--sheet", "ROOT/gear/train/good/000.png"], "a file of the dataset"),
     "sheet of another kind": (["datasets", "ROOT", "--sheet", "sheet.pdf"], "give a file that ends in .png"),
     "size too small": (["run", "--data", "ROOT", "--size", "3"], "size=.*at least 16"),
     "backbone that needs another size": (
@@ -241,6 +247,8 @@ def test_the_table_is_written_to_be_edited(cli, sound, tmp_path):
     shutil.copytree(sound, root)
     code, out, _ = cli("datasets", root, "--csv", root/"table.csv")
     assert code == 0 and str(root/"table.csv") in out
+    code, _, err = cli("datasets", root, "--csv", root/"table.csv")
+    assert code == 2 and "is there already" in err
     lines = (root/"table.csv").read_text().splitlines()
     (root/"table.csv").write_text("\n".join(line for line in lines if "train/good/000" not in line))
     code, out, _ = cli("datasets", root/"table.csv")

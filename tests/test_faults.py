@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from conftest import small_spec
 from drawn_batches import VARIANTS, hook_batches, images, learns_from_labels, pyramid, training_batch
 from test_store import DAMAGE, IMAGES, Doubling, assert_right, open_set
+from mdd_bench.data.images import Framing
 from mdd_bench.data.loading import ImageDataset
 from mdd_bench.detectors.detector import create_detector, detector_class, list_detectors
 from mdd_bench.detectors.mddnet import MDDNet
@@ -318,7 +319,7 @@ def tiny(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
     for k in range(10): Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(root/f"{k}.png")
     table = pd.DataFrame(dict(path=[f"{k}.png" for k in range(10)], cls="a"))
-    return TrainingData(ImageDataset(root, table, 16, ["a"]))
+    return TrainingData(ImageDataset(root, table, Framing(16), ["a"]))
 
 EPOCHS, STEPS = 3, 3     # of each training, and of each epoch
 

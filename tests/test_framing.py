@@ -1,10 +1,11 @@
 "How images of any shape and range become squares, and what of their maps is tested."
-import shutil
+import re, shutil, struct, zlib
 import numpy as np
 import pytest
 import torch
 from conftest import small_spec
 from PIL import Image
+from mdd_bench.data.datasets import inspect_dataset
 from mdd_bench.data.images import Framing, load_image, shown_part, squared
 from mdd_bench.data.synthetic import write_embedded
 from mdd_bench.errors import DataError, SpecError
@@ -72,7 +73,8 @@ def class_test(root, **fields):
     return ClassTest(plan, "gear", ["exact", "mvtec_3d"])
 
 @pytest.mark.filterwarnings("ignore:look at", "ignore:.*nan for")
-def test_what_pad_adds_is_not_tested(wide):
+@pytest.mark.parametrize("scored", [False, True])
+def test_what_pad_adds_is_not_tested(wide, scored):
     "Whatever a detector says beyond the image changes no number; the same within it changes them."
     def metrics(beyond, within):
         test = class_test(wide, resize="pad")
@@ -80,7 +82,8 @@ def test_what_pad_adds_is_not_tested(wide):
         maps = torch.rand((n, 64, 64), generator=torch.Generator().manual_seed(0))
         maps[:, :16], maps[:, 48:] = beyond, beyond
         maps[0, 20:24, 20:24] += within
-        test.update(BatchPrediction(list(range(n)), maps, None, {}))
+        own = maps.amax((1, 2)).numpy() if scored else None
+        test.update(BatchPrediction(list(range(n)), maps, own, {}))
         counts = np.ones((1, n), int)
         values = {name: e.result().metrics for name, e in test.evaluators.items()}
         return values, {k: v.tolist() for k, v in test.replicates.compute(counts).items()}
@@ -118,7 +121,41 @@ def test_a_crop_that_cuts_defects_off_says_so(tmp_path):
     with pytest.warns(UserWarning, match="--resize crop cuts the defect off 1 test images of gear"):
         resolve(small_spec(data=str(root), classes=["gear"], resize="crop"))
 
+def test_a_padded_map_is_smoothed_as_its_square(wide):
+    "Wide and square images of one class must be smoothed alike."
+    maps = np.random.default_rng(0).random((1, 64, 64)).astype(np.float32)
+    exact = PROTOCOLS["exact"]
+    whole, middle = exact.smooth(maps), exact.smooth(maps[:, 16:48])
+    assert np.abs(whole[:, 28:36] - middle[:, 12:20]).max() < 1e-5
+
 # --- values
+
+@pytest.mark.parametrize("white, stated, dark", [
+    (4080, None, True), (65535, None, False), (4080, (0, 4095), False), (65535, (0, 1), True),
+])
+def test_images_of_16_bits_that_are_black_or_white_are_named(tmp_path, white, stated, dark):
+    root = write_embedded(tmp_path/"drawn", "smoke", classes=["gear"])
+    deep = stored_as(root, tmp_path/"deep", lambda grey: grey.clip(1).astype(np.uint16)*(white//255))
+    found = " ".join(inspect_dataset(deep, value_range=stated).warnings)
+    assert bool(re.search("10 images of gear are nearly black or white; .*--value-range", found)) == dark
+
+def test_a_range_does_not_reach_colours_of_16_bits(tmp_path):
+    data = np.full((4, 4, 3), 4000, ">u2")
+    write_png_16(tmp_path/"x.png", data)
+    assert load_image(tmp_path/"x.png").max() == 4000 >> 8
+    with pytest.raises(DataError, match="16 bits for each colour.*leave --value-range out"):
+        load_image(tmp_path/"x.png", Framing(4, value_range=(0, 4095)))
+
+def write_png_16(path, pixels):
+    "A colour PNG of 16 bits by hand: Pillow writes none."
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
 
 def stored_as(root, target, convert):
     "A copy of a dataset whose images are converted arrays in TIFF."
@@ -216,11 +253,16 @@ def test_a_run_with_a_mask_that_is_not_there(tmp_path):
     assert before["I-AUROC"] == after["I-AUROC"] and before["P-AP"] != after["P-AP"]
     assert not np.isnan(after["mAD"])
 
-@pytest.mark.filterwarnings("ignore:.*have no mask")
-def test_without_any_mask_the_image_metrics_are_left(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*have no mask", "ignore:.*nan")
+@pytest.mark.parametrize("good", [True, False])
+def test_without_any_mask_the_image_metrics_are_left(tmp_path, good):
     root = write_embedded(tmp_path/"data", "smoke", classes=["gear"])
     for mask in root.rglob("*_mask.png"): mask.unlink()
-    spec = small_spec(data=str(root), masks="optional", classes=["gear"], detector="patchcore")
-    with pytest.warns(UserWarning, match="nan for"): record = run(spec, tmp_path/"out")
-    mean = record.metrics["exact"]["mean"]
-    assert 0 <= mean["I-AUROC"] <= 1 and np.isnan(mean["P-AUROC"]) and np.isnan(mean["mAD"])
+    if not good: shutil.rmtree(root/"gear/test/good")
+    protocols = list(PROTOCOLS)
+    how = dict(data=str(root), masks="optional", classes=["gear"], protocols=protocols)
+    spec = small_spec(detector="patchcore", **how)
+    record = run(spec, tmp_path/"out")
+    for name in protocols:
+        mean = record.metrics[name]["mean"]
+        assert np.isnan(mean["I-AUROC"]) != good and np.isnan(mean["AUPRO"]) and np.isnan(mean["mAD"])

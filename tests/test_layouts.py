@@ -10,6 +10,8 @@ from mdd_bench.data.heldout import heldout
 from mdd_bench.data.images import load_mask
 from mdd_bench.data.layouts import LAYOUTS, Row, for_test, layout, read_catalog, recognise
 from mdd_bench.errors import DataError, SpecError
+from mdd_bench.running.run import run
+from mdd_bench.running.spec import make_spec
 
 SIZE = (24, 20)     # width, height
 
@@ -284,10 +286,14 @@ def test_another_image_moves_no_other_one_to_the_test_or_back():
     after = for_test([*names, "new.png"])
     assert len(before) == 20 and len(before ^ after) <= 1 and not for_test(["one.png"])
 
-def test_a_calibration_image_of_the_dataset_is_scored_and_not_trained_on(root):
+@pytest.mark.filterwarnings("ignore:.*nan for")
+def test_a_calibration_image_of_the_dataset_is_scored_and_not_trained_on(root, tmp_path):
     loco(root)
-    table = open_dataset(root).catalog.table
-    assert list(table[table.split == "calibration"].path) == ["pushpins/validation/good/000.png"]
+    images(root, *(f"pushpins/train/good/{number:03}.png" for number in range(1, 5)))
+    spec = make_spec(data=str(root), detector="patchcore", weights="lite0", size=64, layers=[1, 2])
+    record = run(spec, tmp_path/"out")
+    assert list(record.calibration().path) == ["pushpins/validation/good/000.png"]
+    assert record.provenance["layout"] == "mvtec"
 
 def test_a_layout_of_ones_own_comes_first(root):
     mvtec(root)
@@ -327,7 +333,174 @@ def test_files_of_one_name_in_different_folders_are_told_apart(root, monkeypatch
     made = read_catalog(heldout(root/"table.csv")).table
     assert (made.kind == "good").sum() == 8
 
+# --- what must not be taken for something else
+
+ONE_CLASS = [(mvtec_ad_2, "vial"), (btad, "01"), (visa_pytorch, "candle"), (mvtec, "grid")]
+
+@pytest.mark.parametrize("tree, cls", ONE_CLASS)
+def test_the_folder_of_one_class_is_no_dataset(root, tree, cls):
+    "Its test images would be trained on."
+    tree(root)
+    with pytest.raises(DataError, match=f"looks like a single class: give its parent and --classes {cls}"):
+        read_catalog(root/cls)
+
+def test_a_folder_of_raw_images_beside_the_classes_changes_nothing(root):
+    mvtec(root)
+    before = read_catalog(root).table
+    images(root, "raw/ok/0.png", "raw/ng/0.png")
+    assert read_catalog(root).table.equals(before)
+
+def test_the_folder_of_a_plain_dataset_may_be_this_one(root, monkeypatch):
+    plain(root)
+    monkeypatch.chdir(root)
+    assert read_catalog(".").classes == ["data"]
+
+def test_heldout_data_follow_the_classes_of_a_table(root, monkeypatch, tmp_path):
+    monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path/"cache"))
+    names = [f"{number}.png" for number in range(8)]
+    images(root, *names)
+
+    def made(classes):
+        rows = [Row(name, "", cls, "train", "good") for name, cls in zip(names, classes)]
+        pd.DataFrame(rows).to_csv(root/"table.csv", index=False)
+        return read_catalog(heldout(root/"table.csv")).classes
+
+    assert made(["one"]*8) == ["one"] and made(["one"]*4 + ["two"]*4) == ["one", "two"]
+
+def test_heldout_names_that_collide_are_refused(root):
+    names = ["a/b_0.png", "a_b/0.png", "c/0.png", "d/1.png"]
+    images(root, *names)
+    rows = [Row(name, "", "one", "train", "good") for name in names]
+    pd.DataFrame(rows).to_csv(root/"table.csv", index=False)
+    with pytest.raises(DataError, match="have one name without folders"): heldout(root/"table.csv")
+
+def test_a_plain_class_without_bad_images_is_one_of_several(root):
+    plain_classes(root)
+    shutil.rmtree(root/"nut/defects")
+    assert read_catalog(root).classes == ["bolt", "nut"]
+
+def test_good_images_of_a_plain_dataset_may_lie_in_folders(root):
+    plain(root)
+    images(root, *(f"OK/2024-01/{number}.jpg" for number in range(10, 20)))
+    assert (read_catalog(root).table.kind == "good").sum() == 20
+
+# --- lists and what they say
+
+def test_a_table_of_a_spreadsheet(root):
+    mvtec(root)
+    read_catalog(root).table.to_csv(root/"table.csv", index=False, sep=";", encoding="utf-8-sig")
+    assert read_catalog(root/"table.csv").table.equals(read_catalog(root).table)
+
+def test_the_folder_of_a_table_names_it(root):
+    table_of_lines(root, "a.png,,a,train,good")
+    with pytest.raises(DataError, match="if .*table.csv lists its images, give that file"): read_catalog(root)
+
+def spoiled(root, name, change):
+    "A list of a tree, changed as text."
+    (root/name).write_text(change((root/name).read_text()))
+
+def test_an_anomaly_that_a_list_calls_good_is_still_one(root):
+    ader(root)
+    spoiled(root, "meta.json", lambda text: text.replace('"specie_name": "Ungood"', '"specie_name": "good"'))
+    assert set(read_catalog(root).table.kind) == {"good", "anomaly"}
+
+def test_a_label_is_0_or_1(root):
+    ader(root)
+    spoiled(root, "meta.json", lambda text: text.replace('"anomaly": 1', '"anomaly": "0"'))
+    with pytest.raises(DataError, match="has anomaly '0' in .* it must be 0 or 1"): read_catalog(root)
+
+def test_the_class_of_uniad_is_that_of_the_folder_where_none_is_named(root):
+    uniad(root)
+    for name in ("train.json", "test.json"):
+        spoiled(root, name, lambda text: text.replace(', "clsname": "zipper"', ""))
+    assert read_catalog(root).classes == ["zipper"]
+
+def test_ader_over_loco_takes_all_masks_of_an_image(root):
+    loco(root)
+    masks = root/"pushpins/ground_truth/logical_anomalies/000"
+    other = np.zeros(SIZE[::-1], np.uint8)
+    other[15:18, 2:4] = 9
+    Image.fromarray(other).save(masks/"001.png")
+    bad = dict(img_path="pushpins/test/logical_anomalies/000.png", anomaly=1, specie_name="logical_anomalies",
+               mask_path="pushpins/ground_truth/logical_anomalies/000/000.png")
+    normal = [dict(img_path=f"pushpins/{split}/good/000.png", anomaly=0) for split in ("train", "test")]
+    meta = dict(train=dict(pushpins=normal[:1]), test=dict(pushpins=[normal[1], bad]))
+    (root/"meta.json").write_text(json.dumps(meta))
+    found = verify(read_catalog(root))
+    mask, = found.catalog.part(kind="logical_anomalies")["mask"]
+    assert found.catalog.layout == "ader"
+    assert found.seen[mask].marked == pytest.approx((5*7 + 3*2)/(24*20))
+
+def test_a_list_of_which_only_a_part_is_there(root):
+    "Real-IAD comes in an archive for each class."
+    realiad(root)
+    source = root/"realiad_jsons/realiad_jsons/audiojack.json"
+    (source.parent/"toy.json").write_text(source.read_text().replace("audiojack", "toy"))
+    problems = inspect_dataset(root).problems
+    assert [problem.what[:40] for problem in problems] == ["none of the 6 images of toy is there, fo"]
+    assert len(open_dataset(root, classes=["audiojack"]).catalog.table) == 6
+
+def test_a_label_file_that_is_broken_is_a_problem_like_others(root):
+    kolektor2(root)
+    (root/"test/20000_GT.png").write_bytes(b"")
+    (root/"train/10000_GT.png").unlink()
+    words = sorted(str(problem) for problem in inspect_dataset(root).problems)
+    assert any("unreadable image" in line and "20000_GT" in line for line in words)
+
+def table_of_lines(root, *lines):
+    (root/"table.csv").write_text("path,mask,cls,split,kind\n" + "\n".join(lines))
+    return root/"table.csv"
+
+def test_all_wrong_lines_of_a_table_are_named(root):
+    table = table_of_lines(root, "a.png,,a,train,good", "b.png,,a,tests,good", "c.png,,,test,good",
+                           "d.png,,a,test,OK", "e.png,,a,calibration,bent")
+    with pytest.raises(DataError) as e: read_catalog(table)
+    for words in ("line 3: split 'tests'", "line 4: no cls", "line 5: kind 'OK'", "line 6: kind 'bent'"):
+        assert words in e.value.what
+
+def test_a_table_that_contradicts_itself(root):
+    images(root, "a.png", "b.png", "c.png")
+    draw_mask(root/"m.png")
+    table = table_of_lines(root, "a.png,,a,train,good", "b.png,m.png,a,test,good", "c.png,m.png,a,test,bent",
+                           "c.png,m.png,a,test,bent")
+    found = inspect_dataset(table)
+    assert [problem.what.split("/")[-1] for problem in found.problems] \
+        == ["c.png stands in the table more than once", "b.png is good, and its mask m.png marks something"]
+
+def test_a_class_without_images_is_said(root):
+    mvtec(root)
+    (root/"screw/train/good").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="screw has no images: this class is left out"): read_catalog(root)
+
+def test_a_file_that_was_read_as_an_image_is_read_again_as_a_mask(root):
+    images(root, "a.png", "b.png")
+    draw_mask(root/"m.png")
+    inspect_dataset(table_of_lines(root, "a.png,,a,train,good", "m.png,,a,test,good"))
+    found = inspect_dataset(table_of_lines(root, "a.png,,a,train,good", "b.png,m.png,a,test,bent"))
+    assert found.seen["m.png"].marked > 0
+
+def test_the_size_of_an_image_is_part_of_the_fingerprint(root):
+    pixels = np.arange(24*20, dtype=np.uint16).astype(np.uint8)
+    hashes = set()
+    for shape in ((24, 20), (20, 24)):
+        Image.fromarray(pixels.reshape(shape)).save(root/"a.png")
+        Image.fromarray(pixels.reshape(shape)).save(root/"b.png")
+        found = inspect_dataset(table_of_lines(root, "a.png,,a,train,good", "b.png,,a,test,good"))
+        hashes.add(found.fingerprint)
+    assert len(hashes) == 2
+
 # --- masks that are not there
+
+def test_labels_are_drawn_from_anomalies_with_a_mask(root):
+    from mdd_bench.data.splits import draw
+    rows = [Row(f"{i}.png", f"m{i}.png" if i % 2 else "", "a", "test", "bent") for i in range(14)]
+    images(root, "t.png", *(row.path for row in rows))
+    for row in rows:
+        if row.mask: draw_mask(root/row.mask)
+    lines = ["t.png,,a,train,good"] + [",".join(row) for row in rows]
+    catalog = inspect_dataset(table_of_lines(root, *lines), masks="optional").catalog
+    for seed in range(5):
+        assert (draw(catalog, labelled=4, seed=seed).catalog.part(split="labelled")["mask"] != "").all()
 
 def test_a_missing_mask_is_an_error_unless_it_is_optional(root):
     mvtec(root)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DIGEST_VERSION', 'MASKS', 'Row', 'split_counts', 'Catalog', 'Digest', 'hashed_bytes', 'hash_of', 'digest',
            'mask_digest', 'cache_dir', 'memo_file', 'read_memo', 'write_memo', 'memo_key', 'digests', 'fingerprint',
-           'mask_size_problems', 'has_no_mask', 'masks_unknown', 'missing_mask_problems', 'class_problems',
-           'value_range_problems', 'oddities', 'leaks', 'Inspection', 'inspect_catalog', 'refuse_problems', 'verify']
+           'contradictions', 'mask_size_problems', 'has_no_mask', 'masks_unknown', 'missing_mask_problems',
+           'undefined_metrics', 'class_problems', 'value_range_problems', 'oddities', 'visible_range', 'badly_lit',
+           'leaks', 'absent_classes', 'Inspection', 'readable', 'inspect_catalog', 'refuse_problems', 'verify']
 
 # %% ../../nbs/data/01_catalog.ipynb #a30fbe20
 import hashlib, json, os, warnings
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from .images import (
-    LOSSY, image_oddity, is_deep, load_mask, mask_files, mask_oddity, read_image)
+    LOSSY, image_oddity, joined_masks, mask_files, mask_oddity, read_image)
 from ..errors import DataError
 
 # %% ../../nbs/data/01_catalog.ipynb #db340e0d
@@ -83,7 +84,7 @@ class Digest(NamedTuple):
     sha256: str       # of the content
     oddity: str       # what looks wrong about it; empty for most
     mode: str         # Pillow's name for its bands and bits, such as RGB or I;16
-    values: list      # lowest and highest value of a deep image; otherwise empty
+    values: list      # lowest and highest value of an image; of a mask: empty
     marked: float     # of a mask: the share of the pixels that it marks; of an image: 0
 
 def hashed_bytes(
@@ -92,32 +93,36 @@ def hashed_bytes(
 ) -> bytes:
     "Returns what is hashed of an image: mode and pixels, or the file when it is a JPEG."
     if image.format in LOSSY: return path.read_bytes()
-    coloured = image.convert("RGBA") if image.mode == "P" else image
-    return image.mode.encode() + coloured.tobytes()
+    seen_through = image.mode == "P" or "transparency" in image.info
+    coloured = image.convert("RGBA") if seen_through else image
+    size = b"" if image.width == image.height else f"{image.width}x{image.height}".encode()
+    return image.mode.encode() + size + coloured.tobytes()
 
 def hash_of(image: Image.Image, path: Path) -> str:
     "Returns the hash of a decoded image, 64 hex digits."
     return hashlib.sha256(hashed_bytes(image, path)).hexdigest()
 
+# %% ../../nbs/data/01_catalog.ipynb #05bc44d9
 def digest(
     path: Path,    # an image file
 ) -> Digest:
     "Reads an image to its end; raises `DataError` as `read_image` does."
     image = read_image(path)
-    pixels = np.asarray(image) if is_deep(image) else None
-    values = [] if pixels is None else [float(pixels.min()), float(pixels.max())]
+    pixels = np.asarray(image)
+    values = [float(pixels.min()), float(pixels.max())]
     return Digest(*image.size, hash_of(image, path), image_oddity(image), image.mode, values, 0.)
 
 def mask_digest(
     path: Path,    # a mask file, or a folder of several masks of one image
 ) -> Digest:
     "Reads a mask to its end; raises `DataError` as `load_mask` does."
-    mask, files = load_mask(path), mask_files(path)
+    files = mask_files(path)
     images = [read_image(file) for file in files]
+    share = float(joined_masks(images, path).mean())
     hashes = [hash_of(image, file) for image, file in zip(images, files)]
     sha256 = hashes[0] if path.is_file() else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-    oddity = next(filter(None, map(mask_oddity, images)), "")
-    return Digest(*mask.shape[::-1], sha256, oddity, images[0].mode, [], float(mask.mean()))
+    oddity = next(filter(None, (mask_oddity(image, share) for image in images)), "")
+    return Digest(*images[0].size, sha256, oddity, images[0].mode, [], share)
 
 # %% ../../nbs/data/01_catalog.ipynb #258142e9
 def cache_dir() -> Path:
@@ -154,6 +159,7 @@ def write_memo(file: Path, memo: dict):
 def memo_key(
     root: Path,  # the dataset's folder
     name: str,   # a file or a folder of masks, relative to it
+    use: str,    # image or mask
 ) -> str:
     "Returns what a remembered digest hangs on; raises `DataError` for a file that is not there."
     path = root/name
@@ -161,8 +167,9 @@ def memo_key(
     except OSError as e:
         reason = e.strerror or type(e).__name__
         raise DataError(f"cannot read {path} ({reason})", "add it, or take it out of the dataset") from None
-    return "|".join([name, *(f"{stat.st_size}|{stat.st_mtime_ns}" for stat in stats)])
+    return "|".join([use, name, *(f"{stat.st_size}|{stat.st_mtime_ns}" for stat in stats)])
 
+# %% ../../nbs/data/01_catalog.ipynb #2b7214dc
 def digests(
     root: Path,                      # the dataset's folder
     paths: Iterable[str],            # of images and masks, relative to it
@@ -174,9 +181,9 @@ def digests(
     known, fresh, found = read_memo(memo), {}, {}
     try:
         for name in paths:
-            look = mask_digest if name in masks else digest
+            use, look = ("mask", mask_digest) if name in masks else ("image", digest)
             try:
-                key = memo_key(root, name)
+                key = memo_key(root, name, use)
                 found[name] = fresh[key] = Digest(*known[key]) if key in known else look(root/name)
             except DataError as e:
                 if problems is None: raise
@@ -200,6 +207,20 @@ def fingerprint(
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/01_catalog.ipynb #b01c9f29
+def contradictions(
+    catalog: Catalog,
+    seen: dict[str, Digest],   # of its images and masks
+) -> list[DataError]:
+    "Returns an error for each image that stands twice in the table, or is good and has marks on its mask."
+    table, problems = catalog.table, []
+    for path in table.path[table.path.duplicated()].unique():
+        problems.append(DataError(f"{catalog.root/path} stands in the table more than once", "name it once"))
+    for row in table[(table.kind == "good") & (table["mask"] != "")].itertuples():
+        if not seen[row.mask].marked: continue
+        what = f"{catalog.root/row.path} is good, and its mask {row.mask} marks something"
+        problems.append(DataError(what, "take the mask away, or name the kind of the defect"))
+    return problems
+
 def mask_size_problems(
     catalog: Catalog,
     seen: dict[str, Digest],   # of its images and masks
@@ -231,11 +252,20 @@ def masks_unknown(catalog: Catalog) -> list[str]:
 
 def missing_mask_problems(catalog: Catalog) -> list[DataError]:
     "Returns an error for each anomalous image without a mask."
-    remedy = "add it where the others are, or pass --masks optional: the image metrics need none"
+    remedy = "add it as the layout has it (mdd_bench datasets shows the layouts), <stem>_mask.* or <stem>.*, "
+    remedy += "or pass --masks optional: the image metrics need none"
     paths = catalog.table.path[has_no_mask(catalog.table)]
     return [DataError(f"no mask for {catalog.root/path}", remedy) for path in paths]
 
 # %% ../../nbs/data/01_catalog.ipynb #c5fe7107
+def undefined_metrics(catalog: Catalog) -> list[str]:
+    "Returns a line about each class whose test images cannot give every metric."
+    lines = []
+    for cls, counts in catalog.counts().iterrows():
+        lacking = [kind for kind in ("good", "anomalous") if not counts[f"test {kind}"]]
+        lines += [f"{cls} has no {kind} test images: metrics that need them are nan" for kind in lacking]
+    return lines
+
 def class_problems(
     catalog: Catalog,
     classes: list[str],   # all that were asked for
@@ -249,6 +279,7 @@ def class_problems(
             problems.append(DataError(what, "add some, or leave the class out with --classes"))
     return problems
 
+# %% ../../nbs/data/01_catalog.ipynb #9c35f1d2
 def value_range_problems(
     catalog: Catalog,
     seen: dict[str, Digest],   # of its images
@@ -280,6 +311,33 @@ def oddities(
             lines.append(f"look at the {what} of {cls}, {len(odd)} may be wrong; for example {example}")
     return lines
 
+# %% ../../nbs/data/01_catalog.ipynb #51fb6f2e
+def visible_range(
+    found: Digest,   # of an image
+    value_range,     # black and white of deep images, or None: it was not stated
+) -> tuple:          # lowest and highest value, from 0 for black to 1 for white
+    "Returns what part of the way from black to white an image takes."
+    deep = found.mode.startswith(("I", "F"))
+    black, white = (value_range or (0, 65535)) if deep else (0, 255)
+    return tuple((value - black)/(white - black) for value in found.values)
+
+def badly_lit(
+    catalog: Catalog,
+    seen: dict[str, Digest],   # of its images
+    value_range,               # black and white of deep images, or None: it was not stated
+) -> list[str]:
+    "Returns a line about each class with images that are nearly black or wholly white (below 1/8; ours)."
+    lines = []
+    for cls, rows in catalog.table.groupby("cls"):
+        ranges = {path: visible_range(seen[path], value_range) for path in rows.path}
+        odd = [path for path, (lowest, highest) in ranges.items() if highest < 1/8 or lowest >= 1]
+        if not odd: continue
+        values = "{:g} to {:g}".format(*seen[odd[0]].values)
+        example = f"{catalog.root/odd[0]} has values from {values}: look at --value-range"
+        lines.append(f"{len(odd)} images of {cls} are nearly black or white; {example}")
+    return lines
+
+# %% ../../nbs/data/01_catalog.ipynb #0fd490a0
 def leaks(
     catalog: Catalog,
     seen: dict[str, Digest],   # of its images
@@ -295,6 +353,18 @@ def leaks(
     return lines
 
 # %% ../../nbs/data/01_catalog.ipynb #4e5eadda
+def absent_classes(
+    catalog: Catalog,
+) -> dict[str, DataError]:    # class -> the error
+    "Returns an error for each class of which no image is there, as when only parts of a dataset came."
+    errors = {}
+    for cls, rows in catalog.table.groupby("cls"):
+        if any((catalog.root/path).exists() for path in rows.path): continue
+        example = f"for example {catalog.root/rows.path.iloc[0]}"
+        what = f"none of the {len(rows)} images of {cls} is there, {example}"
+        errors[cls] = DataError(what, "add them, or name the other classes with --classes")
+    return errors
+
 @dataclass
 class Inspection:
     "What reading every file of a catalog has shown."
@@ -309,23 +379,35 @@ class Inspection:
         "The hash of all names and contents, 16 hex digits."
         return fingerprint(self.catalog.table, self.seen)
 
+# %% ../../nbs/data/01_catalog.ipynb #a77a0410
+def readable(
+    catalog: Catalog,
+    broken: list,   # errors of files that cannot be read are added to it
+) -> tuple[Catalog, dict[str, Digest]]:    # the images that can be read, digests of these and their masks
+    "Reads every file of a catalog once."
+    table, masks = catalog.table, set(catalog.table["mask"]) - {""}
+    seen = digests(catalog.root, [*dict.fromkeys(table.path), *sorted(masks)], masks, broken)
+    sound = [path in seen and (not mask or mask in seen) for path, mask in zip(table.path, table["mask"])]
+    return replace(catalog, table=table[np.array(sound, bool)].reset_index(drop=True)), seen
+
 def inspect_catalog(
     catalog: Catalog,
     skip_broken: bool = False,   # leave unreadable images out
     masks: str = "required",     # or "optional": an anomalous image may lack its mask
-    value_range=None,            # black and white of images of floats or 32 bits; None: not stated
+    value_range=None,            # black and white of images with more than 8 bits; None: not stated
 ) -> Inspection:
     "Reads every file once, and returns all that is wrong or looks so."
-    table, broken = catalog.table, []
-    of_masks = set(table["mask"]) - {""}
-    seen = digests(catalog.root, [*table.path, *sorted(of_masks)], of_masks, broken)
-    sound = [path in seen and (not mask or mask in seen) for path, mask in zip(table.path, table["mask"])]
-    kept = replace(catalog, table=table[sound].reset_index(drop=True))
-    problems = [] if skip_broken else list(broken)
-    problems += class_problems(kept, catalog.classes) + mask_size_problems(kept, seen)
+    absent, broken = absent_classes(catalog), []
+    there = catalog.table[~catalog.table.cls.isin(absent)].reset_index(drop=True)
+    kept, seen = readable(replace(catalog, table=there), broken)
+    problems = [*absent.values(), *([] if skip_broken else broken)]
+    problems += class_problems(kept, sorted(there.cls.unique()))
+    problems += contradictions(kept, seen) + mask_size_problems(kept, seen)
     problems += missing_mask_problems(kept) if masks == "required" else []
-    problems += value_range_problems(kept, seen, value_range)
+    unstated = value_range_problems(kept, seen, value_range)
+    problems += unstated
     warnings = oddities(kept, seen) + leaks(kept, seen)
+    if not unstated: warnings += badly_lit(kept, seen, value_range)
     if masks == "optional": warnings += masks_unknown(kept)
     return Inspection(kept, seen, broken if skip_broken else [], problems, warnings)
 

@@ -67,6 +67,8 @@ def inspect_dataset(
 ) -> Inspection:
     "All that is right and wrong with a dataset; raises `DataError` or `SpecError` for what is none at all."
     drawn = str(data).startswith((HELDOUT, "embedded-"))
+    if layout and str(data).startswith("embedded-"):
+        raise SpecError(f"layout {layout} with {data}", "leave it out: it is for folders")
     if masks not in MASKS: raise unknown("masks", masks, MASKS)
     if str(data).startswith(HELDOUT) and value_range:
         raise SpecError(f"value_range with {data}", "its defects are drawn with 8 bits: save the images so")

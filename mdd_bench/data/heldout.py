@@ -264,7 +264,9 @@ def flat_names(
 ) -> dict:              # name without folders -> path
     "A name for each image: that of its file where no other has it, otherwise its whole path."
     alone = len({Path(path).name for path in paths}) == len(paths)
-    return {Path(path).name if alone else path.replace("/", "_"): path for path in paths}
+    named = {Path(path).name if alone else path.replace("/", "_"): path for path in paths}
+    if len(named) == len(paths): return named
+    raise DataError(f"two of {', '.join(paths[:2])}, ... have one name without folders", "rename one of them")
 
 def list_training_images(
     root: Path,          # a dataset's folder or table
@@ -277,6 +279,7 @@ def list_training_images(
         if not names: raise DataError(f"class {cls!r} of {root} has no training images", "add some")
     return {cls: {name: catalog.root/path for name, path in names.items()} for cls, names in named.items()}
 
+# %% ../../nbs/data/06_heldout.ipynb #d38f8b75
 def read_digests(
     root: Path,  # the dataset
     paths: list, # of images
@@ -319,9 +322,10 @@ def training_images(
     paths = list_training_images(root, layout)
     folder = root if root.is_dir() else root.parent
     content = read_digests(folder, [path for cls in paths for path in paths[cls].values()])
-    names = {path: path.relative_to(folder).as_posix() for path in content}
-    lines = sorted(f"{names[path]} {list(digest)}" for path, digest in content.items())
-    fingerprint = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    lines = [
+        f"{cls} {name} {path.relative_to(folder).as_posix()} {list(content[path])}"
+        for cls, named in paths.items() for name, path in named.items()]
+    fingerprint = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
     return TrainingImages({cls: without_copies(paths[cls], content) for cls in paths}, fingerprint)
 
 # %% ../../nbs/data/06_heldout.ipynb #dffd050a
@@ -369,8 +373,8 @@ def heldout(
 ) -> Path:               # a dataset in MVTec's layout
     "The held-out dataset of a source, in the cache. Raises `DataError` for too few or unreadable images."
     root = Path(root).expanduser()
-    images = training_images(root, layout)
-    stem = re.sub(r"[^\w.-]+", "_", name or root.resolve().name).strip(".")
+    images, folder = training_images(root, layout), root if root.is_dir() else root.parent
+    stem = re.sub(r"[^\w.-]+", "_", name or folder.resolve().name).strip(".")
     home = cache_dir()/"heldout"
     home.mkdir(parents=True, exist_ok=True)
     done = home/f"{stem}-{images.fingerprint}-r{REVISION}-seed{seed}"

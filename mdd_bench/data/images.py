@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'RESIZE', 'LOSSY', 'MOST_MARKED', 'MOST_LEVELS', 'MOST_GREY', 'is_image', 'images_in',
-           'most_megapixels', 'refuse_image', 'opened', 'read_image', 'image_size', 'is_deep', 'to_8_bits', 'load_rgb',
-           'Framing', 'squared', 'load_image', 'image_array', 'shown_part', 'brightness', 'marked', 'mask_files',
-           'load_mask', 'image_oddity', 'mask_oddity']
+           'most_megapixels', 'refuse_image', 'opened', 'read_image', 'image_size', 'is_deep', 'has_deep_colours',
+           'to_8_bits', 'load_rgb', 'Framing', 'squared', 'load_image', 'image_array', 'shown_part', 'brightness',
+           'marked', 'mask_files', 'joined_masks', 'load_mask', 'image_oddity', 'mask_oddity']
 
 # %% ../../nbs/data/00_images.ipynb #9a41ba0a
 import math, os, re
@@ -76,6 +76,7 @@ def read_image(
     "Reads an image to its end; raises `DataError` when it cannot be decoded, or as `refuse_image` does."
     with opened(path) as image:
         refuse_image(image, path)
+        image.deep_colours = any(";16" in str(tile) for tile in image.tile)     # which `load` forgets
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
     return image
@@ -93,6 +94,10 @@ def image_size(
 def is_deep(image: Image.Image) -> bool:
     "Returns whether an image has more than 8 bits."
     return image.mode.startswith(("I", "F"))
+
+def has_deep_colours(image: Image.Image) -> bool:
+    "Returns whether colours had 16 bits in the file; Pillow has read their upper 8."
+    return image.mode.startswith("RGB") and getattr(image, "deep_colours", False)
 
 def to_8_bits(
     image: Image.Image,  # deep
@@ -113,6 +118,9 @@ def load_rgb(
     if image.mode in ("I", "F") and value_range is None:
         problem = f"{path} holds floats, signed or 32-bit numbers, and nothing says which are black and white"
         raise DataError(problem, "say it with --value-range black,white, such as 0,1")
+    if value_range and has_deep_colours(image):
+        problem = f"{path} has 16 bits for each colour, and only their upper 8 are read"
+        raise DataError(problem, "leave --value-range out, or save it with 8 bits")
     if is_deep(image): image = to_8_bits(image, value_range)
     return image.convert("RGB")
 
@@ -129,6 +137,7 @@ class Framing:
     def __post_init__(self):
         if self.resize not in RESIZE: raise unknown("resize", self.resize, RESIZE)
 
+# %% ../../nbs/data/00_images.ipynb #f391f97e
 def squared(
     pixels,          # [H, W] or [H, W, C], of an image or a mask
     resize: str,     # one of `RESIZE`
@@ -193,6 +202,7 @@ def marked(
     "Returns what a mask marks: all that is not black; of a JPEG, all that is nearer to white."
     return brightness(image) > (127 if image.format in LOSSY else 0)
 
+# %% ../../nbs/data/00_images.ipynb #52b4315e
 def mask_files(
     path: Path,    # a file, or a folder of several masks of one image
 ) -> list[Path]:
@@ -202,15 +212,21 @@ def mask_files(
     if files: return files
     raise DataError(f"no mask in {path}", "put the masks of the image there, or remove the folder")
 
+def joined_masks(
+    images: list,    # of decoded masks of one image
+    path,            # their file or folder, for the message
+) -> np.ndarray:     # bool [H, W]
+    "Returns what any of the masks marks; raises `DataError` for unequal sizes."
+    sizes = sorted({f"{image.width}x{image.height}" for image in images})
+    if len(sizes) == 1: return np.any([marked(image) for image in images], axis=0)
+    problem = f"the masks in {path} have sizes {', '.join(sizes)}"
+    raise DataError(problem, "masks of one image have one size: that of the image")
+
 def load_mask(
     path,         # a file, or a folder of several masks of one image
 ) -> np.ndarray:  # bool [H, W] at the file's own resolution: what any of them marks
-    "Returns a mask as a person sees it on black; raises `DataError` as `read_image`, and for unequal sizes."
-    masks = [marked(read_image(file)) for file in mask_files(Path(path))]
-    sizes = {f"{width}x{height}" for height, width in (mask.shape for mask in masks)}
-    if len(sizes) == 1: return np.any(masks, axis=0)
-    problem = f"the masks in {path} have sizes {', '.join(sorted(sizes))}"
-    raise DataError(problem, "masks of one image have one size: that of the image")
+    "Returns a mask as a person sees it on black; raises `DataError` as `read_image` and `joined_masks` do."
+    return joined_masks([read_image(file) for file in mask_files(Path(path))], path)
 
 # %% ../../nbs/data/00_images.ipynb #ad3e1a4a
 MOST_MARKED, MOST_LEVELS, MOST_GREY = .9, 32, .1     # above which a mask may be wrong (ours)
@@ -220,9 +236,12 @@ def image_oddity(image: Image.Image) -> str:
     values = np.asarray(image)
     return "it is of a single colour" if (values == values[:1, :1]).all() else ""
 
-def mask_oddity(image: Image.Image) -> str:
+def mask_oddity(
+    image: Image.Image,    # a decoded mask
+    share: float = None,   # of the pixels that are marked, together with the image's other masks; None: by it
+) -> str:
     "Returns what may be wrong about a decoded mask; nothing for most."
-    share, values = marked(image).mean(), brightness(image)
+    share, values = marked(image).mean() if share is None else share, brightness(image)
     if not share: return "it marks nothing"
     if share > MOST_MARKED: return f"it marks {share:.0%} of its image"
     if image.format in LOSSY: grey = ((values > 32) & (values < 223)).mean() > MOST_GREY

@@ -63,15 +63,12 @@ class ImageDataset(Dataset):
         masks=False,   # read the mask of each image? `DataError` for an empty one
         turns=1,       # orientations that each row is shown in, see `turned`
     ):
-        self.root, self.framing, self.rows = Path(root), framing, len(table)
+        self.root, self.framing, self.size, self.rows = Path(root), framing, framing.size, len(table)
         self.paths = turns*list(table.path)
         self.cls = turns*[classes.index(c) for c in table.cls]
         self.masks = turns*list(table["mask"]) if masks else None
         self.images, self.defects = images, defects
         self.epoch = 0  # synthetic defects differ from epoch to epoch
-
-    @property
-    def size(self) -> int: return self.framing.size
 
     def __len__(self): return len(self.paths)
     def image(self, i): return image_array(self.root/self.paths[i], self.framing)

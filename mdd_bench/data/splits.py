@@ -92,7 +92,7 @@ def choose(
     chosen, limits = {}, {}
     for c in catalog.classes:
         anomalies = catalog.part(cls=c, split="test").query("kind != 'good'")
-        class_pools = pools(anomalies, scheme, seed)
+        class_pools = pools(anomalies[anomalies["mask"] != ""], scheme, seed)
         limit = largest_draw(class_pools, len(anomalies), at_most)
         if class_pools: limits[c] = limit
         chosen[c] = [p for pool in class_pools for p in pool[:min(n, limit)]]
@@ -147,7 +147,7 @@ def make_split(
     unmasked = marked.part(split="labelled", mask="").path
     if len(unmasked):
         raise DataError(f"labelled anomaly {unmasked[0]} has no mask",
-                        "add it to ground_truth, or take the image out of test/")
+                        "add the mask, or take the image out of the dataset")
     files = content_hashes(marked, "labelled")
     manifest = request | {
         "files": files,

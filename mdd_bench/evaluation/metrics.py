@@ -190,22 +190,21 @@ class Collector:
         self.pixels = Scores() if counting.mode == "exact" else Bins(counting.bins)
         self.scores, self.labels = [], []   # plain numbers: small arrays would keep freed memory in use
 
-    def update(
-        self,
+    def update(self,
         maps,    # [B, H, W] anomaly maps, higher = more anomalous; sizes may change between calls
         scores,  # [B] image scores
         masks,   # [B, H, W] bool or 0/1: defective pixels
-        labels,  # [B] bool or 0/1: anomalous images
-        located=None,   # [B] bool: images whose mask is known; the others count as images only. None: all
+        labels, located=None,   # [B] bool or 0/1: anomalous images; those whose mask is known, None: all
     ):
-        "Add a batch of arrays or tensors. ValueError when it does not fit, and nothing is added then."
+        """Add a batch of arrays or tensors; where the mask is not known, as images only.
+
+        ValueError when it does not fit, and nothing is added then."""
         batch = checked(maps, scores, masks, labels)
         self.scores += batch.scores.tolist()
         self.labels += batch.labels.tolist()
         if located is not None: batch = ImageBatch(*(part[located] for part in batch))
-        has_defect = batch.labels | batch.masks.any((1, 2))
-        positions = np.flatnonzero(batch.masks)
-        self.pixels.add(ordered(batch.maps), has_defect, positions, region_sizes(batch.masks))
+        places, sizes = np.flatnonzero(batch.masks), region_sizes(batch.masks)
+        self.pixels.add(ordered(batch.maps), batch.labels | batch.masks.any((1, 2)), places, sizes)
 
     def sort(self):
         "Sort what was added so far, which is then not sorted again by any evaluator that it is merged into."

@@ -202,7 +202,8 @@ class PeerEvaluator(Evaluator):
 
     def pixel_values(self, pixel: Curve) -> dict[str, float]:
         "The metrics of the pixels."
-        return super().pixel_values(pixel) | self.peer_values(pixel)
+        exact, some = super().pixel_values(pixel), pixel.tp[-1] + pixel.fp[-1] > 0
+        return exact | self.peer_values(pixel) if some else exact
 
     def score_range(self):  # float64 [2]: the lowest and the highest score
         "Where thresholds at equal distances begin and end."
@@ -390,8 +391,8 @@ class Protocol(Choices):
         return MASK_RULES[self.mask_rule](mask, size) if mask.any() else np.zeros(size, bool)
 
     def smooth(self, maps):  # raw [B, H, W] -> float32 [B, H, W]
-        "The maps smoothed by `sigma`, scaled to their shorter side."
-        return smooth(maps, self.sigma*min(maps.shape[1:])/256, self.taps)
+        "The maps smoothed by `sigma`, scaled to their longer side (of a padded image: its square's)."
+        return smooth(maps, self.sigma*max(maps.shape[1:])/256, self.taps)
 
     def image_scores(
         self,

@@ -30,7 +30,8 @@ def settings(
     record,  # a Record of `running.store`
 ) -> dict:   # flat: {"detector": ..., "options.memory": ..., "data_fingerprint": ..., ...}
     "Return everything that the numbers of a record depend on, the seed included."
-    flat = {name: value for name, value in record.spec.items() if name not in ("options", "protocols")}
+    apart = ("options", "protocols", "layout", "masks", "skip_broken")     # these last: in the fingerprint
+    flat = {name: value for name, value in record.spec.items() if name not in apart}
     for name in ("data", "weights"):
         flat[name] = Path(flat[name]).name
     for name, value in record.spec["options"].items():
@@ -450,14 +451,17 @@ def _label_sentences(records, by):
 # %% ../../nbs/reporting/61_tables.ipynb #23026bfa
 def _training_sentences(records, by, protocol):
     "Data, backbone and training of the records, as Markdown sentences."
-    fields = ("data", "setting", "size", "backbone", "weights", "layers", "length", "batch", "seed")
+    fields = ("data", "setting", "size", "resize", "value_range", "backbone", "weights", "layers", "length",
+              "batch", "seed")
     value = {field: _by_arm(records, by, field) for field in fields}
     class_counts = [len(_scores(record, protocol, "per_class")) for record in records]
     classes = ", ".join(str(count) for count in dict.fromkeys(class_counts))
+    shape = "" if value["resize"] == "stretch" else f", {value['resize']}"
+    grey = "" if value["value_range"] in ("-", "None") else f", values {value['value_range']}"
     repeated = any(len(arm.records) > 1 for arm in arms(records, by))
     deviation = "mean ± sample standard deviation" if repeated else "a single seed has no deviation"
     return [
-        f"Data {value['data']}: {classes} classes, {value['setting']}, size {value['size']} px.",
+        f"Data {value['data']}: {classes} classes, {value['setting']}, size {value['size']} px{shape}{grey}.",
         f"Backbone {value['backbone']}, weights {value['weights']}, layers {value['layers']}.",
         f"Trained for {value['length']}; batch {value['batch']}, seeds {value['seed']} ({deviation}).",
     ]

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 import torch
+from ..data.catalog import undefined_metrics
 from ..data.datasets import Dataset, open_dataset, with_calibration, with_labels
 from ..data.images import Framing, load_mask, squared
 from ..detectors.detector import (
@@ -53,12 +54,7 @@ class Resolved:
 # %% ../../nbs/running/51_identity.ipynb #869839b4
 def warn_of_undefined(dataset: Dataset):
     "Warn (`UndefinedMetric`) of each class whose test images cannot give every metric."
-    for cls, counts in dataset.catalog.counts().iterrows():
-        for kind, folder in (("good", "test/good"), ("anomalous", "test")):
-            if counts[f"test {kind}"]: continue
-            problem = f"{cls} has no {kind} test images: metrics that need them are nan"
-            problem += f"; add some to {cls}/{folder}"
-            warnings.warn(problem, UndefinedMetric, stacklevel=2)
+    for line in undefined_metrics(dataset.catalog): warnings.warn(line, UndefinedMetric, stacklevel=2)
 
 # %% ../../nbs/running/51_identity.ipynb #67404ac2
 def framing_of(spec: RunSpec) -> Framing:

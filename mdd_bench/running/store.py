@@ -20,6 +20,7 @@ from ..errors import StoreError
 from ..evaluation.replicates import read_replicates, write_replicates
 from .locks import held
 from .samples import Samples, join_samples, read_samples, write_samples
+from .spec import spec_options
 
 # %% ../../nbs/running/57_store.ipynb #7c202701
 def kept_file(folder: Path, name: str) -> Path:
@@ -84,11 +85,14 @@ CONTENT = ("id", "spec", "metrics", "cost", "provenance")     # of record.json
 def read_record(
     folder: Path,  # of one record
 ) -> Record:
-    "The record in a folder; raises `StoreError` when there is none or it cannot be read."
+    """The record in a folder; raises `StoreError` when there is none or it cannot be read.
+
+    A field of the spec that was added later stands at its default, which is why it changed no id."""
     path = Path(folder)/"record.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         id, spec, metrics, cost, provenance = (content[name] for name in CONTENT)
+        spec |= {name: o.default for name, o in spec_options().items() if name not in spec}
     except FileNotFoundError:
         raise StoreError(f"no record in {folder}", "the run is not finished: start it again") from None
     except (ValueError, KeyError, TypeError) as e:

@@ -143,7 +143,8 @@ def shown_parts(
     for part, group in groupby(range(len(rows)), shown.__getitem__):
         first, *others = group
         images = slice(first, first + 1 + len(others))
-        scores = None if batch.scores is None else batch.scores[images]
+        own = batch.scores is not None and framing.resize != "pad"
+        scores = batch.scores[images] if own else None
         yield ShownPart(batch.index[images], batch.maps[images][(slice(None), *part)], scores, masks[images])
 
 # %% ../../nbs/running/54_testing.ipynb #6ca9df77
@@ -172,11 +173,10 @@ def evaluation_mode(
 class ClassTest:
     "Collects the outcome of one class, batch by batch."
     def __init__(self,
-        plan: ModelPlan,
-        cls: str,
+        plan: ModelPlan, cls: str,
         protocols: list[str],  # the first one decides the scores, the samples and the replicates
     ):
-        self.plan, self.cls = plan, cls
+        self.plan, self.cls, self.framing = plan, cls, framing_of(plan.resolved.spec)
         self.table = plan.dataset.catalog.part(cls=cls, split="test")
         self.defective = (self.table.kind != "good").to_numpy()
         self.located = ~has_no_mask(self.table).to_numpy()
@@ -187,9 +187,8 @@ class ClassTest:
 
     def update(self, batch: BatchPrediction):
         "Add the predictions for a batch of images."
-        root, framing = self.plan.dataset.catalog.root, framing_of(self.plan.resolved.spec)
-        whole = dict(zip(batch.index, batch.maps))
-        for part in shown_parts(batch, root, self.table, framing):
+        root, whole = self.plan.dataset.catalog.root, dict(zip(batch.index, batch.maps))
+        for part in shown_parts(batch, root, self.table, self.framing):
             kinds = self.table.kind.iloc[part.index].tolist()
             truth = (part.masks, self.defective[part.index], kinds, self.located[part.index])
             counted = [e.update(part.maps, part.scores, *truth) for e in self.evaluators.values()]
@@ -200,8 +199,7 @@ class ClassTest:
         "Add images that the first protocol compared at one size to the samples and the replicates."
         self.keeper.update(index, [whole[i] for i in index], compared.scores)
         start = time.perf_counter()
-        parts = (compared.maps, compared.scores, compared.masks, compared.labels, compared.located)
-        self.replicates.update(*parts)
+        self.replicates.update(*compared[1:])     # maps, scores, masks, labels, located
         self.replicates_s += time.perf_counter() - start
         self.order += index
 
