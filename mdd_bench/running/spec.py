@@ -45,7 +45,7 @@ def spec_field(
 class DataFields:
     "What is seen, and through which features."
     data: str = spec_field(
-        "embedded-v1", "a folder or .csv, embedded-v1 (-smoke, -large), or heldout:<one of these>",
+        "embedded-v1", "a folder, a .csv, embedded-v1 (-smoke, -large), or heldout:<these>",
         group="Data")
     layout: str | None = spec_field(
         None, "of the folder (see mdd_bench datasets); none: it is recognised", group="Data", identity=False)
