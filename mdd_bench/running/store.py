@@ -85,11 +85,14 @@ CONTENT = ("id", "spec", "metrics", "cost", "provenance")     # of record.json
 def read_record(
     folder: Path,  # of one record
 ) -> Record:
-    "The record in a folder; raises `StoreError` when there is none or it cannot be read."
+    """The record in a folder; raises `StoreError` when there is none or it cannot be read.
+
+    A field of the spec that was added later stands at its default, which is why it changed no id."""
     path = Path(folder)/"record.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         id, spec, metrics, cost, provenance = (content[name] for name in CONTENT)
+        spec |= {name: o.default for name, o in spec_options().items() if name not in spec}
     except FileNotFoundError:
         raise StoreError(f"no record in {folder}", "the run is not finished: start it again") from None
     except (ValueError, KeyError, TypeError) as e:
@@ -100,15 +103,11 @@ def read_record(
 def load_records(
     folder,  # a results folder; records are looked for in it and in all folders below
 ) -> list[Record]:
-    """All complete records below a folder, by id; raises `StoreError` when there are none.
-
-    A field of the spec that was added later stands at its default, which is why it changed no id."""
+    "All complete records below a folder, by id; raises `StoreError` when there are none."
     paths = sorted(Path(folder).expanduser().rglob("runs/*/record.json"), key=lambda p: p.parent.name)
     if not paths:
         raise StoreError(f"no records below {folder}", "give a results folder, such as the --out of a run")
-    records, defaults = [read_record(path.parent) for path in paths], spec_options().items()
-    for record in records: record.spec |= {name: o.default for name, o in defaults if name not in record.spec}
-    return records
+    return [read_record(path.parent) for path in paths]
 
 # %% ../../nbs/running/57_store.ipynb #88598307
 HASHED = ("history.csv", "scores.csv", "calibration.csv", "replicates.npz", "samples.npz", "manifest.json")
