@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'METRICS', 'SUSPECT', 'Source', 'published', 'dataset_of', 'beside', 'cells', 'footnotes',
            'published_markdown', 'with_published']
 
-# %% ../../nbs/reporting/60_published.ipynb #62cb1d83
+# %% ../../nbs/reporting/60_published.ipynb #86709f83
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +14,13 @@ import pandas as pd
 import mdd_bench
 from ..errors import unknown
 
-# %% ../../nbs/reporting/60_published.ipynb #c37f0f95
+# %% ../../nbs/reporting/60_published.ipynb #e64341ef
 class Source(NamedTuple):
     "Where a number was printed, and what is known of its rules of evaluation."
     citation: str
     note: str
 
-_ADER_RULES = "evaluated at 256 px, thresholds evenly spaced over the scores"
+_ADER_RULES = "at 256 px; F1max and AUPRO from evenly spaced thresholds, image labels from the resized masks"
 SOURCES = {
     "ADer 100 epochs": Source("ADer benchmark (arXiv 2406.03262), every method for 100 epochs", _ADER_RULES),
     "ADer 300 epochs": Source("ADer benchmark (arXiv 2406.03262), every method for 300 epochs", _ADER_RULES),
@@ -36,7 +36,7 @@ SOURCES = {
         "second-hand; maps at 256 px of a crop of 392 px"),
 }
 
-# %% ../../nbs/reporting/60_published.ipynb #7c7aabe6
+# %% ../../nbs/reporting/60_published.ipynb #dce46f1a
 METRICS = ("I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO")     # what the sources print
 
 def _read(name):
@@ -50,7 +50,7 @@ def _as_printed():
     means.insert(2, "cls", "mean")
     return pd.concat([means, _read("published_perclass.csv")], ignore_index=True)
 
-# %% ../../nbs/reporting/60_published.ipynb #b90d5445
+# %% ../../nbs/reporting/60_published.ipynb #efa5ab46
 _MISFIT = "the mean of the cells is not the printed mean"
 SUSPECT = [     # of the appendix: dataset, method, class, metric (None: any), and what is wrong
     ("MVTec AD", "UniAD", "metal_nut", "P-AUROC", "62.7, with grid, lowers the mean from 96.8 to 92.4"),
@@ -74,7 +74,7 @@ def _suspicion(row):
         if all(asked in (None, given) for asked, given in zip(pattern, cell)): return reason
     return ""
 
-# %% ../../nbs/reporting/60_published.ipynb #c6574967
+# %% ../../nbs/reporting/60_published.ipynb #82920122
 def _mean_of_metrics(rows):
     "A row `mAD` for each method and class of a source that has all seven metrics."
     groups = rows.groupby(["source", "dataset", "cls", "method"], sort=False)
@@ -98,7 +98,7 @@ def _everything():
     columns = "dataset setting cls method metric value unit source suspect note"
     return rows[columns.split()]
 
-# %% ../../nbs/reporting/60_published.ipynb #e39785b6
+# %% ../../nbs/reporting/60_published.ipynb #dff0130f
 def published(
     dataset=None,  # "MVTec AD", ...; here and below: a name, a list of names, or None for all
     setting=None,  # "unified"; "separate" is a known word, and has no numbers
@@ -119,7 +119,7 @@ def published(
         rows = rows[rows[column].isin(names)]
     return rows.reset_index(drop=True)
 
-# %% ../../nbs/reporting/60_published.ipynb #fcbc6892
+# %% ../../nbs/reporting/60_published.ipynb #e204c5a6
 @lru_cache(1)
 def _known_tests():
     "{dataset: {class: (good, anomalous) test images}}"
@@ -142,7 +142,7 @@ def dataset_of(
         if tested and tested.items() <= known.items(): return dataset
     return None
 
-# %% ../../nbs/reporting/60_published.ipynb #607810e4
+# %% ../../nbs/reporting/60_published.ipynb #057bf2f2
 def _compared_as(record):
     "What must agree with published numbers: a record's dataset, its classes, whether its setting is theirs."
     spec = record.spec
@@ -168,7 +168,7 @@ def beside(
     ordered = fitting.assign(order=in_order).sort_values(["cls", "order"], kind="stable", ignore_index=True)
     return ordered.drop(columns="order")
 
-# %% ../../nbs/reporting/60_published.ipynb #16df2419
+# %% ../../nbs/reporting/60_published.ipynb #dbaa4362
 def _cell(row):
     "A number as it is printed, with the mark of a suspect one."
     return f"{row.value:.1f}" + " (?)"*row.suspect
@@ -183,7 +183,7 @@ def cells(
     table = printed.pivot(index=["method", "source"], columns=columns, values="cell")
     return table[rows[columns].unique()].fillna("-").rename_axis(columns=None)
 
-# %% ../../nbs/reporting/60_published.ipynb #37cd00e7
+# %% ../../nbs/reporting/60_published.ipynb #4229402c
 def footnotes(
     rows: pd.DataFrame,  # of `beside` or `published`
 ) -> list[str]:          # sentences of Markdown
@@ -209,7 +209,7 @@ def published_markdown(
     printed = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return "\n\n".join(["**Published (not ours, not ranked)**", printed, *footnotes(rows)])
 
-# %% ../../nbs/reporting/60_published.ipynb #d77a9f2f
+# %% ../../nbs/reporting/60_published.ipynb #8d9179c9
 def with_published(
     table: str,        # our own table in Markdown
     records,           # the Records it was made from
