@@ -62,6 +62,9 @@ def test_the_wheel_has_every_study(content):
 
 def test_the_wheel_has_the_weights(content): assert "mdd_bench/procedural.safetensors" in content
 
+def test_the_wheel_has_the_published_numbers(content):
+    assert {f"mdd_bench/published_{part}.csv" for part in ("mean", "perclass", "classes")} <= content
+
 def test_the_wheel_has_nothing_else(content):
     "No tests, no results, no lessons, no scratch files."
     own = {name for name in content if ".dist-info/" not in name}
