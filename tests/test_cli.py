@@ -49,8 +49,8 @@ def unreadable_image(root): (root/"gear"/"train"/"good"/"000.png").write_bytes(b
 
 @pytest.mark.parametrize("damage, culprit", [
     (no_folder, "/d"),
-    (no_training_images, "gear/train/good"),
-    (no_mask, "_mask.png"),
+    (no_training_images, "has no train images"),
+    (no_mask, "<stem>_mask"),
     (mask_of_another_size, "5x5"),
     (unreadable_image, "gear/train/good/000.png"),
 ])
