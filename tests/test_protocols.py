@@ -119,8 +119,8 @@ def deviation(response):
     ("simplenet", 288, 4), ("dinomaly", 256, 1.38), ("mvtec_3d", 300, 0),
 ])
 def test_width_of_the_smoothing(name, size, want):
-    maps = np.zeros((2, size + 9, size), np.float32)                    # the shorter side decides
-    maps[0, size//2 + 4, size//2] = 1
+    maps = np.zeros((2, size - 9, size), np.float32)                    # the longer side decides
+    maps[0, size//2 - 4, size//2] = 1
     response, other_image = PROTOCOLS[name].smooth(maps)
     assert response.dtype == np.float32
     assert other_image.max() == 0

@@ -235,7 +235,7 @@ def test_every_field_of_an_identity_changes_it(changed_ids, number):
     assert len({pair[number] for pair in changed_ids.values()}) == len(CHANGES) + 1
 
 @pytest.mark.parametrize("change", [dict(protocols=["ader", "exact"]), dict(skip_broken=True),
-                                    dict(layout="mvtec"), dict(masks="optional")])
+                                    dict(masks="optional")])
 def test_what_decides_no_number_is_no_part_of_it(small, changed_ids, change):
     assert ids(replace(small, **change)) == changed_ids["nothing"]
 

@@ -65,6 +65,7 @@ def check_limits(
     limits: dict,   # class -> the largest draw, for classes that have pools
     scheme: str,    # for the message
     at_most: bool,  # is it enough when each class gives what it can?
+    lacking: int = 0,   # anomalies that cannot be labelled, because they have no mask
 ):
     "Raises `DataError` when the classes cannot give `n` images of each pool."
     if n and not limits:
@@ -78,6 +79,7 @@ def check_limits(
     if scheme == "one_kind": must_stay += " and one of the labelled kind"
     remedy = f"ask for at most {min(limits.values())}, hold_out included"
     if any_can_give: remedy += ", or pass --labelled-at-most: each class then gives what it can"
+    if lacking: remedy = f"add the masks of {lacking} anomalies that have no mask, or {remedy}"
     raise DataError(f"{n} anomalies {unit} cannot leave the test of {', '.join(short)}: {must_stay}", remedy)
 
 # %% ../../nbs/data/03_splits.ipynb #ab388f47
@@ -89,14 +91,16 @@ def choose(
     at_most: bool,   # is it enough when each class gives what it can?
 ) -> dict:           # class -> list of paths
     "Returns the first `n` images of each pool; raises `DataError` when a class cannot give as many."
-    chosen, limits = {}, {}
+    chosen, limits, lacking = {}, {}, 0
     for c in catalog.classes:
         anomalies = catalog.part(cls=c, split="test").query("kind != 'good'")
-        class_pools = pools(anomalies[anomalies["mask"] != ""], scheme, seed)
+        masked = anomalies[anomalies["mask"] != ""]
+        lacking += len(anomalies) - len(masked)
+        class_pools = pools(masked, scheme, seed)
         limit = largest_draw(class_pools, len(anomalies), at_most)
         if class_pools: limits[c] = limit
         chosen[c] = [p for pool in class_pools for p in pool[:min(n, limit)]]
-    check_limits(n, limits, scheme, at_most)
+    check_limits(n, limits, scheme, at_most, lacking)
     return chosen
 
 # %% ../../nbs/data/03_splits.ipynb #7ea21342

@@ -200,11 +200,11 @@ class Collector:
 
         ValueError when it does not fit, and nothing is added then."""
         batch = checked(maps, scores, masks, labels)
+        known = batch if located is None else ImageBatch(*(part[located] for part in batch))
+        places, sizes = np.flatnonzero(known.masks), region_sizes(known.masks)
+        self.pixels.add(ordered(known.maps), known.labels | known.masks.any((1, 2)), places, sizes)
         self.scores += batch.scores.tolist()
         self.labels += batch.labels.tolist()
-        if located is not None: batch = ImageBatch(*(part[located] for part in batch))
-        places, sizes = np.flatnonzero(batch.masks), region_sizes(batch.masks)
-        self.pixels.add(ordered(batch.maps), batch.labels | batch.masks.any((1, 2)), places, sizes)
 
     def sort(self):
         "Sort what was added so far, which is then not sorted again by any evaluator that it is merged into."
