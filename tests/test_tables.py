@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from mdd_bench.errors import SpecError
 from mdd_bench.reporting.arms import comparable
 from mdd_bench.reporting.captions import how_it_was_made
 from mdd_bench.reporting.formats import FITTED, check_marks, latex_text, to_html, to_latex, turned
-from mdd_bench.reporting.tables import (caption, costs, page, per_class, per_kind, summary, to_markdown,
-                                        write_table)
+from mdd_bench.reporting.tables import (POOLED, caption, costs, image_metrics, page, per_class, per_kind,
+                                        pooled, summary, to_markdown, write_table)
+from mdd_bench.running.store import load_records
 
 METRICS = ("I-AUROC", "P-AP", "P-FPR95")
 NASTY = r"a$b_c% \x{y}~z^&#|<[*"
@@ -228,6 +230,34 @@ def test_kinds_are_found_again(records):
     table = per_kind(records, metric="P-AP")
     assert [name for name in table if "," in name and "std" not in name][1] == "a$b_c%, 100%_dent"
     assert table.loc["alpha", "[tile], cut"] == pytest.approx((.5 + .51)/2)
+
+
+# ---- all classes pooled
+
+RECORDS = ROOT/"results"/"embedded-v1"/"benchmark"
+
+
+def test_pooled_metrics_are_those_of_the_scores():
+    records = load_records(RECORDS)
+    for record in records:
+        for cls, scores in record.scores().groupby("cls"):
+            own = record.metrics["exact"]["per_class"][cls]
+            assert image_metrics(scores.label, scores.score) == pytest.approx({m: own[m] for m in POOLED})
+    table = pooled(records)
+    of_arm = [r.scores() for r in records if r.spec["detector"] == "patchcore"]
+    ranks = [(frame.score.rank()[frame.label == 1].sum(), frame.label.sum(), len(frame)) for frame in of_arm]
+    by_hand = [(total - n*(n + 1)/2)/(n*(whole - n)) for total, n, whole in ranks]     # Mann and Whitney's U
+    assert table.loc["patchcore", "I-AUROC pooled"] == pytest.approx(np.mean(by_hand))
+    assert table["I-AUROC"].tolist() == summary(records)["I-AUROC"].tolist()
+    assert "I-AUROC pooled" in to_markdown(table)
+
+
+def test_pooled_metrics_exist_for_the_first_protocol_only():
+    record = load_records(RECORDS)[0]
+    record.metrics["ader"] = record.metrics["exact"]
+    with pytest.raises(SpecError, match=f"{record.id} keeps the scores of protocol exact, not of ader"):
+        pooled([record], protocol="ader")
+    assert np.isnan(image_metrics(np.array([0, 1]), np.array([.1, np.nan]))["I-AP"])
 
 
 # ---- mixtures
