@@ -246,7 +246,8 @@ def test_a_plain_sweep_goes_on_after_a_failure_and_skips_what_is_done(shell, dat
     assert shell(*args)[0] == 1 and record.stat().st_mtime_ns == before
 
 FILES_OF_THE_STUDY = {
-    "benchmark.ipynb", "benchmark.md", "benchmark.csv", "benchmark_per_class.md", "benchmark_per_class.csv",
+    "benchmark.ipynb", "benchmark.md", "benchmark.csv", "benchmark.tex",
+    "benchmark_per_class.md", "benchmark_per_class.csv", "benchmark_per_class.tex",
     "benchmark_cost.csv", "benchmark_bars.png", "benchmark_maps.png", "runs",
 }
 

@@ -24,7 +24,7 @@ from mdd_bench.detectors.patchcore import PatchCore
 from mdd_bench.detectors.rd4ad import RD4AD
 from mdd_bench.errors import TrainingError
 from mdd_bench.parts.feature_cache import MANIFEST, FeatureStore
-from mdd_bench.reporting.tables import caption, per_class, summary, to_markdown
+from mdd_bench.reporting.tables import caption, how_it_was_made, per_class, summary, to_markdown
 from mdd_bench.running import models
 from mdd_bench.running import training as loop
 from mdd_bench.running.identity import model_plans, resolve
@@ -276,7 +276,8 @@ def test_a_run_with_cut_batches_says_so(tmp_path, monkeypatch, setting):
     assert np.isfinite(record.history().loss).all()
     assert record.history().loss[0] == pytest.approx(whole.history().loss[0], rel=.05)
     for table in (summary([record]), per_class([record])): assert "| rd4ad † ‡ |" in to_markdown(table)
-    assert "‡ Memory ran out, and batches were cut: rd4ad (2 parts)." in caption([record])
+    assert "‡ Memory ran out, and batches were cut." in caption([record])
+    assert "Batches cut: rd4ad (2 parts)" in how_it_was_made([record])
 
 @pytest.mark.parametrize("setting", ["unified", "separate"])
 def test_a_record_from_the_weights_of_a_cut_training_says_so(tmp_path, monkeypatch, setting):

@@ -12,7 +12,7 @@ from mdd_bench.errors import SpecError
 from mdd_bench.reporting.lengths import (
     converged_steps, last_thirds, learning_curve, lengths_markdown, lengths_table, scores_by_length,
 )
-from mdd_bench.reporting.tables import caption, per_class, summary, to_markdown
+from mdd_bench.reporting.tables import caption, how_it_was_made, per_class, summary, to_markdown
 from mdd_bench.running.identity import resolve
 from mdd_bench.running.run import run
 from mdd_bench.running.spec import make_spec
@@ -79,13 +79,13 @@ def test_a_warm_up_leaves_the_drops_where_they_are():
 def test_steps_count_for_each_model_of_a_separate_run(tmp_path):
     record = run(small_spec(setting="separate", epochs=None, steps=3, batch=4), tmp_path)
     assert [model["steps"] for model in record.provenance["models"].values()] == [3, 3]
-    assert "Trained for 3 steps;" in caption([record])
+    assert "trained 3 steps;" in how_it_was_made([record])
 
 def test_a_method_with_nothing_to_train_takes_no_steps(tmp_path):
     spec = small_spec(detector="patchcore", epochs=None)
     assert resolve(replace(spec, steps=5)).run_id == resolve(spec).run_id
     record = run(replace(spec, steps=5), tmp_path)
-    assert record.provenance["steps"] == 0 and "Trained for nothing;" in caption([record])
+    assert record.provenance["steps"] == 0 and "trained nothing;" in how_it_was_made([record])
 
 def test_one_length_only():
     with pytest.raises(SpecError, match="epochs=3 and steps=5. set one of them to none"):
@@ -117,7 +117,8 @@ def test_a_row_that_has_not_converged_is_marked(tmp_path, setting, monkeypatch):
     assert "†" not in to_markdown(summary([record])) + caption([record])
     facts["converged_steps"] = 100
     for table in (summary([record]), per_class([record])): assert "| rd4ad † |" in to_markdown(table)
-    assert "† Not converged: rd4ad (3 of 100 steps)." in caption([record])
+    assert "† Not converged" in caption([record])
+    assert "Not converged: rd4ad (3 of 100 steps)" in how_it_was_made([record])
 
 def test_a_record_says_what_its_recipe_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(RD4AD, "recipe", replace(RD4AD.recipe, converged=1000))

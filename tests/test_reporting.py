@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 
 from mdd_bench.errors import DataError, SpecError, StoreError
+from mdd_bench.reporting.arms import arms, comparable, settings
+from mdd_bench.reporting.captions import how_it_was_made
+from mdd_bench.reporting.formats import marks
 from mdd_bench.reporting.plots import (bars, chosen_samples, colours, curve, heatmap_grid, loss_curves, save,
                                        shared_scale, spread_over_classes, transfer_map, worst_grid)
-from mdd_bench.reporting.tables import (TABLE_METRICS, arms, caption, comparable, costs, marks, per_class,
-                                        scores_frame, seen_and_unseen, settings, summary, to_markdown,
-                                        transfer, write_table)
+from mdd_bench.reporting.tables import (TABLE_METRICS, caption, costs, per_class, scores_frame,
+                                        seen_and_unseen, summary, to_markdown, transfer, write_table)
 
 KEYS = (*TABLE_METRICS, "I-FPR95", "P-FPR95", "P-FPR95-good")
 IDS = itertools.count()
@@ -242,7 +244,7 @@ def test_named_arms_are_the_index_and_keep_the_order_of_the_records():
     assert scores_frame(records, by=names)["arm"].tolist() == ["one"]*3 + ["both + L_dist"]*3
     assert per_class(records, by=names).index.tolist() == in_order
     assert to_markdown(table).startswith("| arm |")
-    assert "Trained for 5 epochs (one); 20 epochs (both + L_dist)" in caption(records, by=names)
+    assert "| one | 5 epochs | 16 | b | 1 |" in how_it_was_made(records, by=names)
 
 
 def test_one_detector_may_have_several_named_arms():
@@ -352,13 +354,16 @@ def test_markdown_cell_and_alignment():
 def test_caption_tells_what_the_numbers_are_of():
     data = "/home/me/mvtec"
     records = [record("a", seed, data=data) for seed in (0, 1)]
-    text = caption([*records, record("b", 0, data=data, epochs=0)])
-    for part in ("Data mvtec: 2 classes", "size 128 px", "Backbone resnet18", "weights pretrained",
-                 "Trained for 10 epochs (a); nothing (b)", "batch 16", "0, 1 (a); 0 (b)", "`exact`",
-                 "F1max uses the best threshold on the test set", "fingerprint d1"):
+    records.append(record("b", 0, data=data, epochs=0))
+    assert caption(records) == (
+        "Mean over two classes of `mvtec` in percent, one to two seeds (± sample standard deviation). "
+        "ResNet-18 features of strides 4, 8 and 16 at 128 px. Best in bold, second underlined.")
+    text = how_it_was_made(records)
+    for part in ("Data `mvtec`, fingerprint d1", "size 128", "backbone resnet18", "weights pretrained",
+                 "| a | 10 epochs | 0, 1 |", "| b | nothing | 0 |", "batch 16", "Protocol `exact`",
+                 "F1max uses the best threshold on the test set"):
         assert part in text
     assert "/home" not in text
-    assert "RANDOM" not in text
 
 
 @pytest.mark.parametrize("weights", [("random",), ("pretrained", "random")])
@@ -370,8 +375,8 @@ def test_caption_warns_in_capitals_when_any_weights_are_random(weights):
 def test_caption_counts_the_classes_of_its_protocol():
     r = record(protocols=("exact",))
     r.metrics["few"] = r.metrics["exact"] | dict(per_class={"x": {}})
-    assert "2 classes" in caption([r])
-    assert "1 classes" in caption([r], "few")
+    assert "two classes" in caption([r])
+    assert "One class of" in caption([r], "few") and "Protocol `few`." in caption([r], "few")
     with pytest.raises(SpecError, match="protocol in record"):
         caption([r], "exakt")
 
@@ -390,18 +395,20 @@ def test_costs_are_medians_as_recorded():
         costs([record("a"), record("b", size=256)])
 
 
-def test_caption_names_the_detectors_that_nobody_has_compared_with_their_paper():
+def test_the_details_name_the_detectors_that_nobody_has_compared_with_their_paper():
     compared = record("b", provenance=dict(verified="table 2"))
-    text = caption([record("a"), compared, record("c")])
-    assert text.endswith(" Not verified against published numbers: a, c.")
-    assert "verified" not in caption([compared])
+    text = how_it_was_made([record("a"), compared, record("c")])
+    assert "- Not verified against published numbers: a, c\n" in text
+    assert "verified" not in how_it_was_made([compared])
 
 
 def test_caption_names_the_labels():
     drawn = dict(labels=dict(test_hash="t"), test_counts=dict(x=[4, 7], y=[3, 5]))
-    text = caption([record(labelled=5, scheme="pooled", label_seed=0, hold_out=10, provenance=drawn)])
-    assert ("Labelled anomalies: 5, scheme pooled, label seeds 0; those of N = 10 are in no arm's test. "
-            "Test images, good + anomalous: x 4 + 7, y 3 + 5.") in text
+    r = record(labelled=5, scheme="pooled", label_seed=0, hold_out=10, provenance=drawn)
+    assert ("Labelled anomalies are drawn by scheme `pooled`, N = 5; "
+            "those drawn for N = 10 are in no arm's test.") in caption([r])
+    assert "Test images, good + anomalous: x 4 + 7, y 3 + 5\n" in how_it_was_made([r])
+    assert "label seeds 0" in how_it_was_made([r])
     assert "Labelled" not in caption([record(labelled=0)])
 
 
@@ -470,7 +477,7 @@ def test_transfer_is_the_gain_over_no_labels():
 def test_csv_keeps_every_digit_and_every_record(tmp_path):
     records = [record("a", 0, 1/3), record("a", 1, 1/7), record("b", 0, 2/3)]
     table = summary(records)
-    markdown_path, csv_path = write_table(tmp_path/"new", "main", table, "A caption.")
+    markdown_path, csv_path, _ = write_table(tmp_path/"new", "main", table, "A caption.")
     read_back = pd.read_csv(csv_path, index_col=0, dtype=str, keep_default_na=False)   # no parser rounds text
     for column in [*TABLE_METRICS, *(f"{metric} std" for metric in TABLE_METRICS)]:
         numbers = [float(text or "nan") for text in read_back[column]]

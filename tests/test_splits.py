@@ -14,7 +14,7 @@ from mdd_bench.detectors.detector import (
     Detector, Prediction, Recipe, labelled_batches, normal_batches, texture_batches,
 )
 from mdd_bench.errors import DataError, SpecError
-from mdd_bench.reporting.tables import caption, seen_and_unseen, summary
+from mdd_bench.reporting.tables import how_it_was_made, seen_and_unseen, summary
 from mdd_bench.running import models, training
 from mdd_bench.running.identity import model_plans, resolve
 from mdd_bench.running.reuse import predict_maps
@@ -383,7 +383,7 @@ def test_a_record_describes_its_labels(labelled_run):
     assert record.provenance["labels"]["images"] == dict(bolt=3, felt=3, tile=3)
     assert record.spec["label_seed"] == 2 and record.spec["hold_out"] == 5
     assert record.provenance["defect_textures"] == "procedural"
-    assert "felt 4 + 7" in caption([record])
+    assert "felt 4 + 7" in how_it_was_made([record])
 
 def test_with_computed_features_the_bits_are_the_same(folder, tmp_path):
     spec = toy_spec(folder, labelled=2)

@@ -328,7 +328,8 @@ def test_a_study_of_ones_own_has_a_table(tmp_path, cli):
     del small[small.index("detector=rd4ad") - 1:small.index("detector=rd4ad") + 1]
     code, printed, _ = cli("sweep", tmp_path/"mine.yaml", *small, "--out", tmp_path)
     assert code == 0 and "| patchcore | 96 |" in printed
-    assert {path.name for path in (tmp_path/"mine").iterdir()} == {"runs", "mine_exact.csv", "mine_exact.md"}
+    files = {path.name for path in (tmp_path/"mine").iterdir()}
+    assert files == {"runs", "mine_exact.csv", "mine_exact.md", "mine_exact.tex"}
 
 @pytest.mark.parametrize("text, words", [
     ("base: [1]", "base in.*is .1."), ("a: {}", "unknown field"), ("{", "is no YAML"), ("", "has no fields"),

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from ..errors import DataError, SpecError, unknown
-from .tables import arm_columns, arms, settings, summary
+from .arms import arm_columns, arms, settings
+from .tables import summary
 
 # %% ../../nbs/reporting/63_plots.ipynb #80b26f17
 STYLE = {
