@@ -243,7 +243,8 @@ def test_impossible_requests(catalog, culprit, request_):
 def test_a_labelled_anomaly_needs_a_mask(catalog):
     table = catalog.table.copy()
     table.loc[table.kind != "good", "mask"] = ""
-    with pytest.raises(DataError, match="add the masks of .* anomalies that have no mask"): draw(replace(catalog, table=table), labelled=1)
+    with pytest.raises(DataError, match="add the masks of .* anomalies that have no mask"):
+        draw(replace(catalog, table=table), labelled=1)
 
 # ---- the manifest
 

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 from ..errors import SpecError, unknown
 from .plots import colours, style
-from .tables import SEEDS, arms as group_by_arm
+from .arms import SEEDS, arms as group_by_arm
 
 # %% ../../nbs/reporting/62_statistics.ipynb #12e20b10
 def _tested_on(record):
