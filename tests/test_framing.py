@@ -146,6 +146,24 @@ def test_a_range_does_not_reach_colours_of_16_bits(tmp_path):
     with pytest.raises(DataError, match="16 bits for each colour.*leave --value-range out"):
         load_image(tmp_path/"x.png", Framing(4, value_range=(0, 4095)))
 
+def test_colours_of_16_bits_are_named_before_a_run(tmp_path):
+    root = write_embedded(tmp_path/"drawn", "smoke", classes=["gear"])
+    image = sorted(root.glob("gear/train/good/*.png"))[0]
+    write_png_16(image, np.tile(3900 + np.arange(256), (256, 3, 1)).swapaxes(1, 2).astype(">u2"))
+    assert "nearly black" in " ".join(inspect_dataset(root).warnings)
+    problem, = inspect_dataset(root, value_range=(0, 4095)).problems
+    assert "1 images of gear have 16 bits for each colour" in problem.what and str(image) in problem.what
+
+@pytest.mark.parametrize("mode", ["1", "P", "CMYK"])
+def test_numbers_that_are_no_brightness_are_not_called_dark(tmp_path, mode):
+    root = write_embedded(tmp_path/"drawn", "smoke", classes=["gear"])
+    for file in root.glob("gear/t*/*/*.png"):
+        with Image.open(file) as image:
+            few = image.convert("L").quantize(4) if mode == "P" else image.convert(mode)
+        file.unlink()
+        few.save(file.with_suffix(".tif"))
+    assert "black" not in " ".join(inspect_dataset(root).warnings)
+
 def write_png_16(path, pixels):
     "A colour PNG of 16 bits by hand: Pillow writes none."
     def chunk(name, data):

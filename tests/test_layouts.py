@@ -446,6 +446,8 @@ def test_a_label_file_that_is_broken_is_a_problem_like_others(root):
     (root/"train/10000_GT.png").unlink()
     words = sorted(str(problem) for problem in inspect_dataset(root).problems)
     assert any("unreadable image" in line and "20000_GT" in line for line in words)
+    assert any("cannot read" in line and "10000_GT" in line for line in words)      # of the training set too
+    assert read_catalog(root).left_out == 1
 
 def table_of_lines(root, *lines):
     (root/"table.csv").write_text("path,mask,cls,split,kind\n" + "\n".join(lines))

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from .images import (
-    LOSSY, image_oddity, joined_masks, mask_files, mask_oddity, read_image)
+    LOSSY, has_deep_colours, image_oddity, joined_masks, mask_files, mask_oddity, read_image)
 from ..errors import DataError
 
 # %% ../../nbs/data/01_catalog.ipynb #db340e0d
@@ -75,7 +75,7 @@ class Catalog:
         return counts if has_calibration else counts.drop(columns="calibration", errors="ignore")
 
 # %% ../../nbs/data/01_catalog.ipynb #d2d4ac3f
-DIGEST_VERSION = 4  # raised whenever a `Digest` says something else, so that remembered ones are forgotten
+DIGEST_VERSION = 5  # raised whenever a `Digest` says something else, so that remembered ones are forgotten
 
 class Digest(NamedTuple):
     "What is remembered of a file that was read to its end."
@@ -83,7 +83,7 @@ class Digest(NamedTuple):
     height: int
     sha256: str       # of the content
     oddity: str       # what looks wrong about it; empty for most
-    mode: str         # Pillow's name for its bands and bits, such as RGB or I;16
+    mode: str         # Pillow's name for bands and bits, such as RGB or I;16; RGB;16: only 8 of 16 are read
     values: list      # lowest and highest value of an image; of a mask: empty
     marked: float     # of a mask: the share of the pixels that it marks; of an image: 0
 
@@ -110,7 +110,8 @@ def digest(
     image = read_image(path)
     pixels = np.asarray(image)
     values = [float(pixels.min()), float(pixels.max())]
-    return Digest(*image.size, hash_of(image, path), image_oddity(image), image.mode, values, 0.)
+    mode = image.mode + ";16"*has_deep_colours(image)
+    return Digest(*image.size, hash_of(image, path), image_oddity(image), mode, values, 0.)
 
 def mask_digest(
     path: Path,    # a mask file, or a folder of several masks of one image
@@ -285,9 +286,14 @@ def value_range_problems(
     seen: dict[str, Digest],   # of its images
     value_range,               # black and white, or None: it was not stated
 ) -> list[DataError]:
-    "Returns an error for each class with images that need a stated range; none where it was stated."
+    "Returns an error for each class with images that need a stated range, or that a stated one cannot reach."
     problems = []
     for cls, rows in catalog.table.groupby("cls"):
+        colours = [path for path in rows.path if seen[path].mode in ("RGB;16", "RGBA;16")]
+        if value_range and colours:
+            what = f"{len(colours)} images of {cls} have 16 bits for each colour, of which 8 are read"
+            remedy = "leave --value-range out, or save them with 8 bits"
+            problems.append(DataError(f"{what}; for example {catalog.root/colours[0]}", remedy))
         deep = [path for path in rows.path if seen[path].mode in ("F", "I")]
         if value_range or not deep: continue
         lowest, highest = (pick(seen[path].values[i] for path in deep) for i, pick in enumerate((min, max)))
@@ -329,7 +335,8 @@ def badly_lit(
     "Returns a line about each class with images that are nearly black or wholly white (below 1/8; ours)."
     lines = []
     for cls, rows in catalog.table.groupby("cls"):
-        ranges = {path: visible_range(seen[path], value_range) for path in rows.path}
+        plain = [path for path in rows.path if seen[path].mode.startswith(("L", "RGB", "I", "F"))]
+        ranges = {path: visible_range(seen[path], value_range) for path in plain}
         odd = [path for path, (lowest, highest) in ranges.items() if highest < 1/8 or lowest >= 1]
         if not odd: continue
         values = "{:g} to {:g}".format(*seen[odd[0]].values)

@@ -182,12 +182,13 @@ def dagm(root: Path) -> Iterator[Row]:
                 yield found._replace(kind="defect") if found.mask else found
 
 def by_mask(root: Path, rows: list[Row]) -> Iterator[Row]:
-    "Yields rows whose masks say what is good; an image whose mask cannot be read keeps it, and is not good."
+    "Yields rows whose masks say what is good; one whose mask cannot be read keeps it, and is named later."
     masks = {row.mask for row in rows}
     seen = digests(root, sorted(masks), masks, problems=[])
     for row in rows:
-        black = row.mask in seen and not seen[row.mask].marked
-        yield row._replace(mask="") if black else row._replace(kind="defect")
+        if row.mask not in seen: yield row
+        elif seen[row.mask].marked: yield row._replace(kind="defect")
+        else: yield row._replace(mask="")
 
 def beside(root: Path, image: Path, ending: str, row: Row) -> Row:
     "Returns the row of an image whose mask lies beside it, under the image's stem and an ending."
