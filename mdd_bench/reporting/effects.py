@@ -188,8 +188,9 @@ def effects(
 def _p_in_words(row):
     "Holm's p, or that it cannot decide."
     if row["can decide"]: return f"{row['Holm p']:.2g}"
-    differ = f"{row['classes']} of "*(row["classes"] < row["of classes"])
-    return f"not decidable with {differ}{row['of classes']} class{'es'*(row['of classes'] != 1)}"
+    compared = row["of classes"]
+    differ = "" if row["classes"] == compared else f"{row['classes']} of "
+    return f"not decidable with {differ}{compared} {'class' if compared == 1 else 'classes'}"
 
 def _points(value):
     "A difference with its sign, and no sign of a rounded zero but the plus."
