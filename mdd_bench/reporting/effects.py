@@ -84,8 +84,9 @@ def _with_columns(table, compared, pairs):
     return table
 
 # %% ../../nbs/reporting/63b_effects.ipynb #33cc28e9
-def _baseline_in_words(column, value):
+def _baseline_in_words(column, compared):
     "What the rows are compared with."
+    value = compared[0].baseline.values[column]
     if column in ("arm", "detector"): return f"`{value}`"
     return f"the row without {column}" if value == "-" else f"the row with {column} {value}"
 
@@ -96,7 +97,6 @@ def _range_in_words(numbers, noun):
 
 def _what_it_is(records, by, column, compared, pairs):
     "The sentence on the baseline, the classes, the data and the seeds."
-    name = _baseline_in_words(column, compared[0].baseline.values[column])
     counts = [len(class_names([*p.records, *p.baseline], p.classes)) for p in pairs.values()]
     whole = max(len(class_names([*p.records, *p.baseline])) for p in pairs.values())
     classes = _range_in_words(counts, "class")
@@ -104,6 +104,7 @@ def _what_it_is(records, by, column, compared, pairs):
     seeds = _range_in_words([min(len(p.records), len(p.baseline)) for p in pairs.values()], "seed")
     data = shared(records, by).get("data")
     place = f" of `{data}`" if data else ""
+    name = _baseline_in_words(column, compared)
     return f"Difference from {name} in points, mean over {classes}{place}, {seeds}."
 
 # %% ../../nbs/reporting/63b_effects.ipynb #292061a9
@@ -127,11 +128,6 @@ SIGNS = {
     "‡": "Memory ran out, and batches were cut, in the row or its baseline.",
 }
 
-def _key(arm):
-    "An arm as the functions that warn name it."
-    values = tuple(arm.values.values())
-    return values if len(values) > 1 else values[0]
-
 def _marked(records, by, compared, metrics):
     "{sign: {row of the table: the arms that it warns of}}."
     found = {"†": not_converged(records, by), "‡": split_batches(records, by)}
@@ -139,7 +135,7 @@ def _marked(records, by, compared, metrics):
     for sign, of_arm in found.items():
         marked[sign] = {}
         for arm, baseline in compared:
-            words = [of_arm[_key(side)] for side in (arm, baseline) if _key(side) in of_arm]
+            words = [of_arm[side.key] for side in (arm, baseline) if side.key in of_arm]
             if words: marked[sign] |= {(*arm.values.values(), metric): ", ".join(words) for metric in metrics}
     return marked
 
@@ -181,7 +177,8 @@ def effects(
     made = how_it_was_made(records, records[0].spec["protocols"][0], by, statistics=HOW)
     names = [arm.name for arm in arms(records, by)]
     table = _with_columns(table, compared, pairs)
-    table.attrs = dict(caption=caption, made=made, marked=marked, arms=names)
+    of_baseline = _baseline_in_words(next(iter(baseline)), compared)
+    table.attrs = dict(caption=caption, made=made, marked=marked, arms=names, baseline=of_baseline)
     return table
 
 # %% ../../nbs/reporting/63b_effects.ipynb #3bf086fc
@@ -198,11 +195,16 @@ def _points(value):
 
 def _within(row, margin):
     "Yes, no, or undecided."
-    if np.isnan(row["low"]): return "-"
     found = Effect(row["difference"], row["low"], row["high"], (), (), "", .95)
     return {"equivalent": "yes", "different": "no"}.get(equivalent(found, margin), "undecided")
 
 # %% ../../nbs/reporting/63b_effects.ipynb #7bb0fbad
+def _interval_in_words(row, margin):
+    "The columns of a row that tell of its interval."
+    texts = {"95% interval": f"{_points(row['low'])} to {_points(row['high'])}"}
+    texts["excludes 0"] = "✓" if row["low"] > 0 or row["high"] < 0 else ""
+    return texts | ({f"within {margin:g}": _within(row, margin)} if margin else {})
+
 def printed_effects(
     table: pd.DataFrame,      # of `effects`
     margin: float|None=None,  # in points, chosen before the numbers are seen
@@ -210,13 +212,9 @@ def printed_effects(
     "The table as a page shows it."
     rows = []
     for _, row in table.iterrows():
-        known = not np.isnan(row["low"])
-        excludes = "✓" if row["low"] > 0 or row["high"] < 0 else ""
         texts = {"difference": _points(row["difference"])}
-        texts["95% interval"] = f"{_points(row['low'])} to {_points(row['high'])}" if known else "-"
-        texts["excludes 0"] = excludes if known else "-"
-        if margin: texts[f"within {margin:g}"] = _within(row, margin)
-        texts["Holm p"], texts["smallest attainable"] = _p_in_words(row), f"{row['smallest Holm p']:.2g}"
+        if np.isfinite(row["low"]): texts |= _interval_in_words(row, margin)
+        texts |= {"Holm p": _p_in_words(row), "smallest attainable": f"{row['smallest Holm p']:.2g}"}
         rows.append(texts)
     printed = pd.DataFrame(rows, table.index)
     printed.attrs = table.attrs
@@ -258,7 +256,9 @@ def draw_effects(
             ax.plot(found.difference, row, "o", ms=5, mfc=face, mec=palette[name], mew=1.3)
         labels = [f"{name}, {row[-1]}" for name, row in zip(names, table.index)]
         ax.set(yticks=range(len(table)), yticklabels=labels, ylim=(len(table) - .5, -.5))
-        ax.set_xlabel("difference from the baseline, points (filled: interval without 0)")
+        name = table.attrs.get("baseline", "the baseline").replace("`", "")
+        known = "filled: interval without 0" if table["low"].notna().any() else "no intervals"
+        ax.set_xlabel(f"difference from {name}, points ({known})")
         if margin: fig.legend(loc="outside upper right")
         plt.close(fig)
     return fig
@@ -293,6 +293,7 @@ def critical_difference_diagram(
     "Mean ranks, best left, with a bar over arms that cannot be told apart; `SpecError` for too few classes."
     check_enough_classes(ranking)
     count, bars, width = len(ranking.ranks), joined(ranking), ranking.critical_difference
+    ticks = range(1, count + 1, 1 + count//11)
     palette = palette or colours(ranking.ranks.index)
     with style() as plt:
         fig, ax = plt.subplots(figsize=(4.6, 1. + .15*count + .12*len(bars)))
@@ -302,7 +303,7 @@ def critical_difference_diagram(
         bottom = _draw_names(ax, ranking, .3 + .16*len(bars), palette)
         ax.plot([1, 1 + width], [.62, .62], color="k", lw=1, marker="|", ms=5)
         ax.text(1 + width/2, .68, f"critical difference {width:.2f}", ha="center", va="bottom", fontsize=7)
-        ax.set(xlim=(.9, count + .1), ylim=(bottom, .95), yticks=[], xticks=range(1, count + 1))
+        ax.set(xlim=(.9, count + .1), ylim=(bottom, .95), yticks=[], xticks=ticks)
         ax.spines[["left", "bottom"]].set_visible(False)
         ax.spines["top"].set(visible=True, position=("data", 0), bounds=(1, count))
         ax.xaxis.set_ticks_position("top")
