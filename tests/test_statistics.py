@@ -8,9 +8,9 @@ import pytest
 from scipy import stats
 
 from mdd_bench.errors import SpecError, StoreError
-from mdd_bench.reporting.statistics import (Effect, Ranking, class_values, compare,
-                                            critical_difference_diagram, draw_effects, effect, equivalent,
-                                            friedman, holm, joined, signed_rank)
+from mdd_bench.reporting.effects import critical_difference_diagram, draw_effects
+from mdd_bench.reporting.statistics import (Effect, Pair, Ranking, class_values, compare, compare_pairs,
+                                            effect, equivalent, friedman, holm, joined, signed_rank)
 from mdd_bench.running.store import Record
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
@@ -223,7 +223,7 @@ def test_unknown_names(arms):
         effect(arms["y"], arms["x"], "P-AP", classes=["g"])
     with pytest.raises(SpecError, match="unknown metric 'P-PA'"): effect(arms["y"], arms["x"], "P-PA")
     with pytest.raises(SpecError, match="unknown baseline 'q'"): compare(arms, "q", ["P-AP"])
-    with pytest.raises(SpecError, match="nothing to compare x with"):
+    with pytest.raises(SpecError, match="nothing to compare"):
         compare(dict(x=arms["x"]), "x", ["P-AP"])
     with pytest.raises(SpecError, match="no classes"): effect(arms["y"], arms["x"], "P-AP", classes=[])
 
@@ -346,6 +346,48 @@ def test_a_comparison_says_what_it_cannot_decide(arms):
     assert np.allclose(table["Holm p"], holm(table.p)) and (table["Holm p"] >= table["smallest p"]).all()
     found = effect(arms["y"], arms["x"], "P-AP")
     assert tuple(table.loc[("y", "P-AP"), ["difference", "low", "high"]]) == found[:3]
+
+
+def test_pairs_have_their_own_baselines_and_classes(arms):
+    pairs = dict(y=Pair(arms["y"], arms["x"]), z=Pair(arms["z"], arms["y"], ("a", "b")))
+    table = compare_pairs(pairs, ["P-AP"])
+    for name, base, classes in (("y", "x", None), ("z", "y", ["a", "b"])):
+        again = effect(arms[name], arms[base], "P-AP", classes)
+        assert tuple(table.loc[(name, "P-AP"), ["difference", "low", "high"]]) == again[:3]
+    assert table["of classes"].tolist() == [6, 2]
+    without = compare_pairs(pairs, ["P-AP"], intervals=False)
+    assert without[["low", "high"]].isna().all(axis=None)
+    assert without["difference"].tolist() == table["difference"].tolist() and without.p.equals(table.p)
+
+
+# --- label seeds, which leave other images for the test
+
+def of_label_seeds(records):
+    "The records as if each seed had a test of its own."
+    return [replace(r, spec=r.spec | dict(label_seed=r.spec["seed"]),
+                    provenance=TESTED | dict(split_hashes=dict(test=f"t{r.spec['seed']}"))) for r in records]
+
+
+def test_seeds_with_tests_of_their_own_are_paired_by_seed(arms):
+    x, y = of_label_seeds(arms["x"]), of_label_seeds(arms["y"])
+    found, one_test = effect(y[::-1], x, "P-AP"), effect(arms["y"], arms["x"], "P-AP")
+    assert found.difference == pytest.approx(one_test.difference)
+    assert found.low < found.difference < found.high
+    with pytest.raises(SpecError, match="arms of different seeds"): effect(y[1:], x, "P-AP")
+    with pytest.raises(SpecError, match="arms of different seeds"): friedman(dict(x=x, y=y, z=y[1:]), "P-AP")
+    other = [y[0], replace(y[1], provenance=x[2].provenance), *y[2:]]
+    with pytest.raises(SpecError, match="not tested alike"): effect(other, x, "P-AP")
+    assert effect(arms["y"][1:], arms["x"], "P-AP").seeds == (4, 5)
+
+
+def test_errors_of_images_are_not_averaged_over_label_seeds():
+    "One trained model for all seeds, so that the images are all there is."
+    flat, noise = np.zeros((6, 200)), np.random.default_rng(3).normal(0, 1, (5, 200))
+    x = [record("x", s, [0]*6, flat) for s in range(5)]
+    y = [record("y", s, [0]*6, np.tile(noise[s], (6, 1))) for s in range(5)]
+    alone = width(effect(y[:1], x[:1], "P-AP"))
+    assert width(effect(y, x, "P-AP")) < .7*alone
+    assert width(effect(of_label_seeds(y), of_label_seeds(x), "P-AP")) == pytest.approx(alone, rel=.15)
 
 
 # --- ranks

@@ -158,6 +158,12 @@ class Arm:
     @property
     def name(self): return ", ".join(map(str, self.values.values()))
 
+    @property
+    def key(self):
+        "Its place in the index of a table: a value, or a tuple where several columns tell the arms apart."
+        values = tuple(self.values.values())
+        return values if len(values) > 1 else values[0]
+
 def _refuse_repeated_seeds(arm):
     "Raise `SpecError` if two records of an arm have the same seeds."
     of_seeds = {}
@@ -218,10 +224,7 @@ def not_converged(
         for record in arm.records:
             needed = max(facts_of(record, "converged_steps"), default=0)
             taken = min(steps_of(record), default=needed)
-            values = tuple(arm.values.values())
-            if taken < needed:
-                key = values if len(values) > 1 else values[0]
-                short[key] = f"{arm.name} ({taken} of {needed} steps)"
+            if taken < needed: short[arm.key] = f"{arm.name} ({taken} of {needed} steps)"
     return short
 
 # %% ../../nbs/reporting/60a_arms.ipynb #c28b1427
@@ -233,6 +236,5 @@ def split_batches(
     split = {}
     for arm in arms(records, by):
         parts = [number for record in arm.records for number in facts_of(record, "batch_split")]
-        values = tuple(arm.values.values())
-        if parts: split[values if len(values) > 1 else values[0]] = f"{arm.name} ({max(parts)} parts)"
+        if parts: split[arm.key] = f"{arm.name} ({max(parts)} parts)"
     return split

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TABLE_METRICS', 'POOLED', 'scores_frame', 'summary', 'per_class', 'image_metrics', 'pooled', 'per_kind',
-           'seen_and_unseen', 'transfer', 'costs', 'page', 'write_table']
+           'seen_and_unseen', 'records_of_kinds', 'transfer', 'costs', 'page', 'write_table']
 
 # %% ../../nbs/reporting/61_tables.ipynb #11756872
+from copy import copy
 from pathlib import Path
 import pandas as pd
-from ..errors import SpecError, unknown
+from ..errors import SpecError, StoreError, unknown
 from .arms import arm_columns, arms, not_converged, scores_of, split_batches
 from .captions import caption, how_it_was_made
 from .formats import to_latex, to_markdown
@@ -158,6 +159,12 @@ def _mean_over_kinds(per_kind, drawn, metric, seen):
     return sum(means)/len(means)
 
 # %% ../../nbs/reporting/61_tables.ipynb #88d37b38
+def _seen_and_unseen(per_kind, drawn, metrics):
+    "{`x seen` and `x unseen` for each metric x}, means over the classes in `drawn`."
+    names = (("seen", True), ("unseen", False))
+    return {f"{metric} {name}": _mean_over_kinds(per_kind, drawn, metric, seen)
+            for metric in metrics for name, seen in names}
+
 def seen_and_unseen(
     records,                         # comparable Records with labelled or held-out anomalies
     by: str|list|dict = "labelled",  # what tells the arms apart, as in `comparable`: the index
@@ -167,13 +174,33 @@ def seen_and_unseen(
     "Metrics of the kinds that labels were drawn from, and of the others; `SpecError` if no class has both."
     def numbers(record):
         per_kind = scores_of(record, protocol, "per_kind")
-        drawn = _drawn_kinds(record, per_kind)
-        row = {}
-        for metric in metrics:
-            row[f"{metric} seen"] = _mean_over_kinds(per_kind, drawn, metric, seen=True)
-            row[f"{metric} unseen"] = _mean_over_kinds(per_kind, drawn, metric, seen=False)
-        return row
+        return _seen_and_unseen(per_kind, _drawn_kinds(record, per_kind), metrics)
     return _average_over_seeds(records, by, protocol, numbers)
+
+# %% ../../nbs/reporting/61_tables.ipynb #f424e9d1
+def _no_replicates(): raise StoreError("images are not resampled for single kinds", "compare whole classes")
+
+def records_of_kinds(
+    records,                         # with labelled or held-out anomalies
+    metrics=("I-AUROC", "P-AP"),     # names of metrics
+    protocol: str = "exact",         # whose numbers
+) -> list:                           # copies of the records, to be compared
+    """Records whose classes have `x seen` and `x unseen` for each metric x, and no other metric.
+
+    Classes are those that have both in all records; `SpecError` if there are none."""
+    per_kind = [scores_of(record, protocol, "per_kind") for record in records]
+    drawn = [_drawn_kinds(record, of_class) for record, of_class in zip(records, per_kind)]
+    classes = [cls for cls in drawn[0] if all(cls in of_record for of_record in drawn)]
+    if not classes: raise SpecError("no class has seen and unseen kinds in all records", "use one label_seed")
+    made = []
+    for record, kinds, labelled in zip(records, per_kind, drawn):
+        of_class = {cls: _seen_and_unseen(kinds, {cls: labelled[cls]}, metrics) for cls in classes}
+        whole = _seen_and_unseen(kinds, {cls: labelled[cls] for cls in classes}, metrics)
+        copied = copy(record)
+        copied.metrics = {protocol: dict(mean=whole, per_class=of_class, per_kind={})}
+        copied.replicates = _no_replicates
+        made.append(copied)
+    return made
 
 # %% ../../nbs/reporting/61_tables.ipynb #5433fc2f
 def _mean_of_others(gains):
@@ -239,6 +266,7 @@ def write_table(
     name: str,            # file name without ending
     table: pd.DataFrame,  # of this module
     caption: str = "",    # stands above the table
+    numbers=None,         # a DataFrame: what the CSV holds; None: the table itself
 ) -> list:                # the three paths: .md, .csv, .tex
     "Write a table as Markdown, CSV (unrounded) and LaTeX; `SpecError` if `name` is not a plain name."
     if Path(name).name != name:
@@ -247,6 +275,6 @@ def write_table(
     paths = [Path(folder)/f"{name}.{ending}" for ending in ("md", "csv", "tex")]
     markdown_path, csv_path, latex_path = paths
     markdown_path.write_text(page(table, caption) + "\n", encoding="utf-8")
-    table.to_csv(csv_path, encoding="utf-8")
+    (table if numbers is None else numbers).to_csv(csv_path, encoding="utf-8")
     latex_path.write_text(to_latex(table, caption) + "\n", encoding="utf-8")
     return paths

@@ -91,6 +91,7 @@ class Study:
     base: dict = field(default_factory=dict)        # RunSpec field -> value
     grid: dict = field(default_factory=dict)        # RunSpec field -> list of values
     arms: dict = field(default_factory=dict)        # name -> options of the detector
+    baseline: str | None = None                     # the row to compare with; "": the first; None: no choice
     parameters: dict = field(default_factory=dict)  # of a study without runs: parameter -> value
     smoke: dict = field(default_factory=dict)       # RunSpec field -> small default for its notebook
     file: Path | None = None                        # from which it was read
@@ -153,12 +154,15 @@ def choose_arms(
 # %% ../../nbs/running/58a_study.ipynb #3bca4579
 def set_parameter(
     study: Study,
-    name: str,     # a field of RunSpec, or arms
+    name: str,     # a field of RunSpec, arms, or baseline
     value,         # of any type, or text
 ):
     "Change one parameter of a study with runs, in place. Several values make an axis."
     if name == "arms":
         study.arms = choose_arms(study, value)
+        return
+    if name == "baseline":
+        study.baseline = "" if value is None else str(value)
         return
     declared = spec_options()[name]
     values = [typed_value(declared, value)] if name == "options" else axis_values(declared, value)
@@ -180,7 +184,7 @@ def yaml_content(file: Path) -> dict:
     if not isinstance(content, dict): raise SpecError(f"{file} has no fields", f"give it {', '.join(known)}")
     for name, value in content.items():
         if name not in known: raise unknown(f"field in {file}:", name, known)
-        if name != "question": check_mapping(file, name, value)
+        if name not in ("question", "baseline"): check_mapping(file, name, value)
     return content
 
 def check_mapping(file: Path, name: str, value):
@@ -216,7 +220,8 @@ def read_study(file: Path) -> Study:
 def notebook_parameters(study: Study) -> dict:
     "The values that the study's notebook is given by papermill."
     if study.parameters: return study.parameters
-    return study.base | study.grid | (dict(arms=list(study.arms)) if study.arms else {})
+    of_page = dict(baseline=study.baseline) if study.baseline is not None else {}
+    return study.base | study.grid | (dict(arms=list(study.arms)) if study.arms else {}) | of_page
 
 def study_notebook(study: Study) -> Path | None:
     "The notebook beside the file of a study, if there is one."
@@ -225,9 +230,9 @@ def study_notebook(study: Study) -> Path | None:
 
 # %% ../../nbs/running/58a_study.ipynb #a245bdb5
 def parameter_names(study: Study) -> list[str]:
-    "What can be changed in a study: fields of a run and `arms`, or its own parameters."
+    "What can be changed in a study: fields of a run, `arms` and `baseline`, or its own parameters."
     if study.parameters: return list(study.parameters)
-    return [*spec_options(), "arms"] if study.arms else list(spec_options())
+    return [*spec_options(), *["arms"]*bool(study.arms), *["baseline"]*(study.baseline is not None)]
 
 def one_length(changes: dict) -> dict:
     "The changes of a study, where a length of training in steps replaces one in epochs, and the reverse."
@@ -237,7 +242,7 @@ def one_length(changes: dict) -> dict:
 
 def load_study(
     name: str,  # of a study, or the path of a file that ends in .yaml
-    **changes,  # fields of RunSpec (a list or 'a,b' makes an axis) and `arms`; or the study's own parameters
+    **changes,  # fields of RunSpec (a list or 'a,b': an axis), `arms`, `baseline`; or the study's parameters
 ) -> Study:
     "A study from its YAML file, with changes; raises `SpecError` for an unknown name or an impossible value."
     study = read_study(Path(name) if name.endswith(YAML) else study_path(name, ".yaml"))
@@ -268,6 +273,8 @@ def parameter_cell(
     texts = {name: o.help for name, o in declared.items()}
     if study.arms:
         values["arms"], texts["arms"] = study.smoke.get("arms"), "which rows, 'a,b'; None: all"
+    if study.baseline is not None:
+        values["baseline"], texts["baseline"] = study.baseline, "the row to compare with; empty: the first"
     for name, o in SETTINGS.items(): values[name], texts[name] = o.default, o.help
     lines = []
     for name, value in values.items():
@@ -292,5 +299,6 @@ def describe_study(study: Study) -> list[str]:
     if study.parameters: return [*lines, f"    parameters: {listed(study.parameters)}"]
     lines.append(f"    all runs: {listed(study.base)}")
     if study.arms: lines.append(f"    arms: {', '.join(study.arms)}")
+    if study.baseline is not None: lines.append(f"    baseline: {study.baseline or 'the first row'}")
     grid = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in study.grid.items())
     return [*lines, f"    grid: {grid}", f"    {len(study.specs())} runs"]
