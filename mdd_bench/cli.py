@@ -489,7 +489,8 @@ def make_command(
     takes them), needs (files without which it is left out), keep_model, pictures. Lesson: running/59a_plan.
     """
     from mdd_bench.running.plan import describe_entries, plan_entries, read_plan
-    settings, at = dict(device=device, workers=workers, cache_gb=cache_gb), dict(jobs=jobs, scheduler=scheduler)
+    settings = dict(device=device, workers=workers, cache_gb=cache_gb)
+    at = dict(jobs=jobs, scheduler=scheduler)
     planned = plan_entries(read_plan(plan), only, out, plain, settings)
     if dry_run:
         print("\n".join(describe_entries(planned, runs_at_once(device, **at), bool(only))))

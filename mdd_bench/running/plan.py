@@ -69,11 +69,12 @@ def study_of(entry: Entry) -> Study:
 def read_plan(
     file,   # of YAML
 ) -> list[Entry]:
-    "The entries of a plan; raises `SpecError` for a file or an entry that is none, and for a folder named twice."
+    "The entries of a plan; raises `SpecError` for what is none, and for a folder that is named twice."
     file, entries = Path(file).expanduser(), {}
     content = read_yaml(file)
     if not (isinstance(content, list) and content):
-        raise SpecError(f"{file} is no list of studies", "begin each with '- study:'; one study: mdd_bench sweep")
+        remedy = "begin each with '- study:'; one study: mdd_bench sweep"
+        raise SpecError(f"{file} is no list of studies", remedy)
     for number, of_entry in enumerate(content, 1):
         entry = read_entry(of_entry, f"entry {number} of {file}")
         folder = Path(entry.out)
@@ -89,9 +90,11 @@ def chosen_entries(
 ) -> list[Entry]:
     "The entries that are asked for, in the plan's order; raises `SpecError` for a pattern that fits none."
     names = [entry.out for entry in entries]
-    for pattern in only:
-        if not any(fnmatch(name, pattern) for name in names): raise unknown("entry of the plan", pattern, names)
-    return [e for e in entries if not only or any(fnmatch(e.out, pattern) for pattern in only)]
+    fitting = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in only}
+    for pattern, found in fitting.items():
+        if not found: raise unknown("entry of the plan", pattern, names)
+    wanted = set().union(*fitting.values()) if only else set(names)
+    return [entry for entry in entries if entry.out in wanted]
 
 # %% ../../nbs/running/59a_plan.ipynb #60a89959
 def injected_parameters(
@@ -141,7 +144,7 @@ def plan_entry(
     plain: bool,            # without notebooks
     settings: dict,         # device, workers, cache_gb
 ) -> PlannedEntry:
-    "What is left to do for an entry; raises an `MddBenchError`, which names the entry, for a run that cannot be."
+    "What is left to do for an entry; raises an `MddBenchError` that names it for an impossible run."
     study, folder = study_of(entry), results/entry.out
     elsewhere = [results/other.out for other in entries if other.out != entry.out]
     planned = PlannedEntry(entry, study, folder, elsewhere, [], executed=is_executed(study, folder))
@@ -219,6 +222,6 @@ def describe_entries(
 def remove_pictures(
     folder: Path,   # of a study's results
 ):
-    "Remove what shows test images from all records of a folder: the samples, and the notebooks of single runs."
+    "Remove what shows test images from all records of a folder: samples, and notebooks of single runs."
     for name in ("samples.npz", "run.ipynb"):
         for path in (folder/"runs").glob(f"*/{name}"): path.unlink()
