@@ -485,8 +485,7 @@ def make_command(
 ):
     """Make what a plan of several studies lists and is not there yet: records, tables and plots.
 
-    A plan is a list of entries: study, out (a folder below --out), and if needed why, parameters (as -p
-    takes them), needs (files without which it is left out), keep_model, pictures. Lesson: running/59a_plan.
+    Its entries have study, out (a folder below --out) and, if needed, parameters, needs, keep_model, why.
     """
     from mdd_bench.running.plan import describe_entries, plan_entries, read_plan
     settings = dict(device=device, workers=workers, cache_gb=cache_gb)
