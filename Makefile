@@ -1,4 +1,4 @@
-# make demo | test | test-all | gpu-check | lint | notebooks | peers | lab | clean     PYTHON=python3.12 chooses the interpreter of a new environment
+# make demo | results | mvtec | visa | test | test-all | gpu-check | lint | notebooks | peers | lab | clean; PYTHON=python3.12 chooses the interpreter of a new environment
 PYTHON ?= python3
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -6,11 +6,31 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all gpu-check lint notebooks peers lab clean check-notebooks check-studies
+.PHONY: demo results mvtec visa test test-all gpu-check lint notebooks peers lab clean check-notebooks check-studies
 # From a fresh clone to a table and a picture; only what a run needs is installed. The light decoder and batches of 8 are for the clock.
 DEMO := -p detector=patchcore,rd4ad,mddnet -p seed=0,1 -p size=192 -p batch=8 -p epochs=6 -p options=mddnet.decoder=light
 demo: .venv/.demo
 	OMP_NUM_THREADS=1 mdd_bench sweep benchmark $(DEMO) --out results/demo
+
+# What results/ shows and does not have yet (results/plan.yaml). FLAGS=--dry-run says what that is and how long it takes. REAL=folder names the real
+# images and WEIGHTS=file an ImageNet ResNet-18, once; without them, what needs them is left out.
+results: .venv/.demo
+	$(if $(REAL),ls -d "$(REAL)" > /dev/null; ln -sfn "$(abspath $(REAL))" real)
+	$(if $(WEIGHTS),ls -d "$(WEIGHTS)" > /dev/null; ln -sfn "$(abspath $(WEIGHTS))" resnet18.pth)
+	OMP_NUM_THREADS=1 mdd_bench make results/plan.yaml $(FLAGS)
+
+# Our numbers beside published ones: the backbone of RD4AD and PatchCore, 256 pixels, whole recipes; hours on a GPU. MVTEC or VISA names the folder
+# of the data. Without it they are fetched, once their licence is agreed to (ACCEPT_LICENCE=1). FLAGS are further flags of the sweep, e.g. "-p seed=0,1,2".
+PUBLISHED := -p detector=patchcore,rd4ad,simplenet,mddnet -p weights=pretrained -p backbone=wide_resnet50_2.tv_in1k \
+	-p size=256 -p epochs=none -p seed=0 -p protocols=exact,ader
+fetch = mdd_bench download $(1) $(if $(ACCEPT_LICENCE),--accept-licence,|| { echo 'with make: ACCEPT_LICENCE=1'; exit 1; })
+mvtec: .venv/.demo
+	$(if $(MVTEC),,$(call fetch,mvtec-ad))
+	mdd_bench sweep benchmark -p data="$(or $(MVTEC),data/mvtec-ad)" $(PUBLISHED) --out results/mvtec-ad $(FLAGS)
+
+visa: .venv/.demo
+	$(if $(VISA),,$(call fetch,visa))
+	mdd_bench sweep benchmark -p data="$(or $(VISA),data/visa)" $(PUBLISHED) --out results/visa $(FLAGS)
 
 test: .venv/.installed lint check-notebooks
 	OMP_NUM_THREADS=1 pytest -q -n 2 -m "not slow"

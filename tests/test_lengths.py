@@ -7,13 +7,14 @@ import pytest, torch
 from conftest import small_spec
 from mdd_bench.data.images import Framing
 from mdd_bench.data.loading import ImageDataset, batches, steps_of_pass
+from mdd_bench.detectors.detector import detector_class
 from mdd_bench.detectors.rd4ad import RD4AD
 from mdd_bench.errors import SpecError
 from mdd_bench.reporting.lengths import (
     converged_steps, last_thirds, learning_curve, lengths_markdown, lengths_table, scores_by_length,
 )
 from mdd_bench.reporting.tables import caption, how_it_was_made, per_class, summary, to_markdown
-from mdd_bench.running.identity import resolve
+from mdd_bench.running.identity import filled_spec, resolve
 from mdd_bench.running.run import run
 from mdd_bench.running.spec import make_spec
 from mdd_bench.running.study import load_study
@@ -104,6 +105,31 @@ def test_steps_take_the_place_of_a_studys_epochs(changes, lengths):
 
 def test_epochs_take_the_place_of_a_studys_steps():
     assert {(s.epochs, s.steps) for s in load_study("lengths", epochs=2).specs()} == {(2, None)}
+
+@pytest.mark.parametrize("detector", ["rd4ad", "simplenet", "dmad"])
+def test_as_many_steps_as_a_method_needs_are_the_run_of_that_number(detector):
+    needed = detector_class(detector).recipe.converged
+    asked = resolve(small_spec(detector=detector, epochs=None, steps="converged"))
+    given = resolve(small_spec(detector=detector, epochs=None, steps=needed))
+    assert asked.run_id == given.run_id and asked.training_id == given.training_id
+    assert filled_spec(asked) == filled_spec(given) and filled_spec(asked)["steps"] == needed
+
+def test_a_study_trains_each_detector_as_long_as_it_needs():
+    specs = load_study("benchmark", steps="converged", detector="rd4ad,mddnet,patchcore", seed=0).specs()
+    assert [resolve(spec).recipe.steps for spec in specs] == [1725, 2600, None]
+    lengths = load_study("benchmark", steps="converged,100", detector="rd4ad", seed=0).specs()
+    assert [resolve(spec).recipe.steps for spec in lengths] == [1725, 100]
+
+def test_nothing_to_train_needs_no_steps():
+    spec = small_spec(detector="patchcore", epochs=None)
+    assert resolve(replace(spec, steps="converged")).run_id == resolve(spec).run_id
+
+def test_a_method_of_which_it_is_not_known_is_refused():
+    message = "steps=converged: it is not known for dmad_released. give a number of steps"
+    with pytest.raises(SpecError, match=message):
+        resolve(small_spec(detector="dmad_released", epochs=None, steps="converged"))
+    with pytest.raises(SpecError, match="steps='convergd'. give a whole number.*converged: what its method"):
+        make_spec(steps="convergd")
 
 # --- trainings that were too short
 

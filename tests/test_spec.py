@@ -131,6 +131,22 @@ def test_epochs_that_are_none(asked):
 def test_a_share_and_its_number_are_one_run():
     assert resolve(small_spec(epochs="3%")).run_id == resolve(small_spec(epochs=3)).run_id
 
+# --- data that are read once for many specs
+
+def test_specs_of_the_same_data_read_them_once(monkeypatch):
+    read, plain = [], identity.open_dataset
+    def open_dataset(**how):
+        read.append(how["data"])
+        return plain(**how)
+    monkeypatch.setattr(identity, "open_dataset", open_dataset)
+    large = dict(data="embedded-v1", detector="dmad")
+    specs = [small_spec(), small_spec(seed=1), small_spec(classes="gear"), small_spec(**large, labelled=2),
+             small_spec(**large, labelled=1, hold_out=3), small_spec(**large, calibration=.5)]
+    opened = {}
+    together = [resolve(spec, opened).run_id for spec in specs]
+    assert read == ["embedded-v1-smoke"]*2 + ["embedded-v1"]
+    assert together == [resolve(spec).run_id for spec in specs] and len(set(together)) == len(specs)
+
 # --- what stands at its default is no part of an identity
 
 def ids(spec):

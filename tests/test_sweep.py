@@ -13,7 +13,7 @@ from mdd_bench.errors import TrainingError
 from mdd_bench.running import cluster, training
 from mdd_bench.running import sweep as sweeping
 from mdd_bench.running.cluster import threads
-from mdd_bench.running.forecast import earlier_records, seconds_for
+from mdd_bench.running.forecast import Forecast, earlier_records, seconds_for
 from mdd_bench.running.inventory import inventory, prune
 from mdd_bench.running.job import Failure
 from mdd_bench.running.locks import SILENCE, Holder, Lock, take_away
@@ -182,6 +182,22 @@ def test_a_plan_says_what_is_done_and_how_long_the_rest_takes(tmp_path):
     lines = sweeping.describe_plan(runs, at_once=2)
     assert [line.split()[:2] for line in lines[:3]] == [["run0", "done"], ["run1", "2"], ["run2", "unknown"]]
     assert lines[3] == "3 runs, 1 done, 2 to make: about 2 min with 2 at once, 1 of unknown length"
+
+def test_of_runs_that_share_a_training_the_first_missing_one_trains(tmp_path):
+    "The one that is done has not kept its model."
+    runs = [planned(tmp_path, number, training) for number, training in enumerate("aaab")]
+    runs = [replace(run, steps=10, done=number == 0) for number, run in enumerate(runs)]
+    sweeping.expect(runs, SimpleNamespace(seconds=lambda resolved, steps: 5. + steps))
+    assert [run.seconds for run in runs] == [None, 15, 5, 15]
+    assert sweeping.expected_seconds(runs, at_once=2) == 17.5
+
+def test_a_forecast_grows_with_the_pixels():
+    record = Record("r", dict(detector="rd4ad", size=64), {}, dict(train_s=60.), kept().provenance)
+    def run_of(size):
+        spec = SimpleNamespace(detector="rd4ad", size=size, setting="unified")
+        data, backbone = SimpleNamespace(fingerprint="f"), SimpleNamespace(name="b")
+        return SimpleNamespace(spec=spec, dataset=data, backbone=backbone)
+    assert [Forecast([record]).seconds(run_of(size), 100) for size in (64, 128)] == [120, 480]
 
 def test_as_many_runs_as_fit_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)

@@ -61,15 +61,16 @@ class Forecast:
         if not known: return None
         likeness = [self.likeness(r, resolved) for r in known]
         nearest = [r for r, n in zip(known, likeness) if n == max(likeness)]
-        return median(seconds_for(r, steps) for r in nearest)
+        def pixels(record): return (resolved.spec.size/record.spec.get("size", resolved.spec.size))**2
+        return median(pixels(r)*seconds_for(r, steps) for r in nearest)
 
 # %% ../../nbs/running/58d_forecast.ipynb #1588eeae
 def earlier_records(
-    out,   # the folder of a study
+    *folders,   # of studies
 ) -> list[Record]:
-    "The records that can be read in a study's folder and in those beside it."
-    records = []
-    for path in Path(out).absolute().parent.glob("*/runs/*/record.json"):
+    "The records that can be read in the folders of studies and in those beside them."
+    records, parents = [], {Path(folder).absolute().parent for folder in folders}
+    for path in [path for parent in parents for path in parent.glob("*/runs/*/record.json")]:
         try:
             record = read_record(path.parent)
             seconds_for(record, 1)

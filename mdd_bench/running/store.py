@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTENT', 'HASHED', 'MODEL', 'kept_file', 'Record', 'to_json', 'restore_nan', 'read_record', 'load_records',
-           'hash_file', 'make_folder', 'RecordFolders', 'Store', 'find_damage', 'quarantine', 'merge_histories',
-           'write_outcomes', 'find_model', 'model_tensors', 'save_models', 'load_model']
+           'hash_file', 'make_folder', 'RecordFolders', 'Store', 'find_damage', 'quarantine', 'copy_record',
+           'merge_histories', 'write_outcomes', 'find_model', 'model_tensors', 'save_models', 'load_model']
 
 # %% ../../nbs/running/57_store.ipynb #366972f5
 import hashlib, json, shutil, uuid, warnings
@@ -208,6 +208,21 @@ def quarantine(
     folder.rename(target)
     make_folder(folder)
     warnings.warn(f"{problem}; the record was moved to {target} and is made anew", stacklevel=2)
+
+# %% ../../nbs/running/57_store.ipynb #873ca8c2
+def copy_record(
+    folder: Path,   # of a sound record
+    store: Store,   # that gets the copy, unless it has a record of that run
+):
+    "Copy all files of a record; `record.json` comes last, as when a run is made."
+    with store.claim(folder.name) as own:
+        if store.has(folder.name): return
+        shutil.rmtree(own)
+        own.mkdir()
+        for path in folder.iterdir():
+            if path.is_file() and path.name != "record.json": shutil.copy2(path, own)
+        shutil.copy2(folder/"record.json", own/"record.part")
+        (own/"record.part").replace(own/"record.json")
 
 # %% ../../nbs/running/57_store.ipynb #e17ef1ec
 def merge_histories(folder: Path):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PATHS', 'YAML', 'SETTINGS', 'studies_folder', 'list_studies', 'study_path', 'own_options', 'detector_name',
            'grid_points', 'largest_hold_out', 'NamedSpec', 'Study', 'axis_values', 'typed_parameter', 'choose_arms',
-           'set_parameter', 'yaml_content', 'check_mapping', 'checked_axis', 'read_study', 'notebook_parameters',
-           'study_notebook', 'parameter_names', 'one_length', 'load_study', 'parameter_cell', 'given', 'describe_study']
+           'set_parameter', 'read_yaml', 'yaml_content', 'check_mapping', 'checked_axis', 'read_study',
+           'notebook_parameters', 'study_notebook', 'parameter_names', 'one_length', 'load_study', 'parameter_cell',
+           'given', 'describe_study']
 
 # %% ../../nbs/running/58a_study.ipynb #d1c68bef
 import itertools
@@ -113,7 +114,8 @@ class Study:
 
     def names(self) -> dict[str, str | None]:
         "{run id: arm} of every run, as tables and plots take it."
-        return {resolve(spec).run_id: arm for arm, spec in self.named_specs()}
+        opened = {}
+        return {resolve(spec, opened).run_id: arm for arm, spec in self.named_specs()}
 
 # %% ../../nbs/running/58a_study.ipynb #b4cc84ab
 PATHS = ("data", "weights", "manifest")     # may be a path, in which a comma separates nothing
@@ -174,13 +176,18 @@ def set_parameter(
 # %% ../../nbs/running/58a_study.ipynb #ca7c5a12
 YAML = (".yaml", ".yml")
 
-def yaml_content(file: Path) -> dict:
-    "What a study's file says; raises `SpecError` for one that cannot be read or says something else."
-    known = [f.name for f in fields(Study) if f.name not in ("name", "file")]
-    try: content = yaml.safe_load(file.read_text(encoding="utf-8"))
+def read_yaml(file: Path):
+    "What a YAML file says; raises `SpecError` for one that cannot be read."
+    try: return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as e: raise SpecError(f"cannot read {file} ({e.strerror})", "name another") from None
     except (UnicodeDecodeError, yaml.YAMLError) as e:
         raise SpecError(f"{file} is no YAML ({str(e).partition(chr(10))[0]})", "mend the file") from None
+
+def yaml_content(file: Path) -> dict:
+    "What a study's file says; raises `SpecError` for one that cannot be read or says something else."
+    known = [f.name for f in fields(Study) if f.name not in ("name", "file")]
+    content = read_yaml(file)
+    if isinstance(content, list): raise SpecError(f"{file} is a list", "make a plan with `mdd_bench make`")
     if not isinstance(content, dict): raise SpecError(f"{file} has no fields", f"give it {', '.join(known)}")
     for name, value in content.items():
         if name not in known: raise unknown(f"field in {file}:", name, known)
