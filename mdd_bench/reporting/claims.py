@@ -14,7 +14,8 @@ import pandas as pd
 import yaml
 from ..errors import SpecError, StoreError, unknown
 from .arms import settings
-from .statistics import check_same_test, class_values, draw_effects, effect
+from .effects import draw_effects
+from .statistics import check_same_test, effect, with_same_test
 from ..running.store import Record
 
 # %% ../../nbs/reporting/65_claims.ipynb #ebc0cd10
@@ -70,6 +71,8 @@ def read_claims(
     return [_claim(file, number, entry) for number, entry in enumerate(written, 1)]
 
 # %% ../../nbs/reporting/65_claims.ipynb #af895d5a
+def _keeps_replicates(record): return bool(record.folder) and (record.folder/"replicates.npz").is_file()
+
 def matching(
     records,       # Records, of whatever studies
     wanted: dict,  # {setting: value}
@@ -79,7 +82,7 @@ def matching(
     known = sorted({name for of_record in flat.values() for name in of_record})
     for name in wanted:
         if name not in known: raise unknown("setting of a record", name, known)
-    once = {record.id: record for record in records}
+    once = {record.id: record for record in sorted(records, key=_keeps_replicates)}
     return [record for id, record in once.items()
             if all(name in flat[id] and flat[id][name] == value for name, value in wanted.items())]
 
@@ -119,14 +122,9 @@ def mean_of_others(
 def _points_gained(arm, against, claim):
     "Gain and interval in points; nan ends where the records kept no replicates."
     try: found = effect(arm, against, claim.metric, claim.classes)
-    except StoreError: return _mean_gain(arm, against, claim), float("nan"), float("nan")
+    except StoreError: found = effect(arm, against, claim.metric, claim.classes, interval=False)
     if "FPR" in claim.metric: return -found.difference, -found.high, -found.low
     return found.difference, found.low, found.high
-
-def _mean_gain(arm, against, claim):
-    "The gain in points, without an interval."
-    means = [class_values(records, claim.metric, claim.classes).mean() for records in (arm, against)]
-    return float(means[1] - means[0] if "FPR" in claim.metric else means[0] - means[1])
 
 def _percent_saved(arm, against):
     "How much less is kept for the test, in percent: the mean over seeds, and both ends."
@@ -150,6 +148,7 @@ def _row(claim, records):
     "What the ledger says of a claim."
     arm, against = (matching(records, claim.shared | part) for part in (claim.arm, claim.against))
     if arm and claim.from_others: arm = mean_of_others(arm)
+    arm, against = with_same_test(arm, against)
     row = dict(claim=claim.claim, source=claim.source, metric=claim.metric, asked=claim.asks)
     if not arm or not against: return row | dict(verdict="not measured")
     gained = _percent_saved(arm, against) if claim.metric == "bytes" else _points_gained(arm, against, claim)
