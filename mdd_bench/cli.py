@@ -470,6 +470,7 @@ DryRunOfPlan = Annotated[bool, typer.Option(
     "--dry-run", metavar="", help="only show what is left, and how long it takes; with --only, each run")]
 PlanOut = Annotated[Path, typer.Option(metavar="FOLDER", help="results folder of the plan", **RESULTS)]
 
+# %% ../nbs/cli.ipynb #ed0694c5
 @app.command("make")
 def make_command(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a YAML file with a list of studies")],
