@@ -70,7 +70,8 @@ def studies(
 # %% ../nbs/cli.ipynb #9cb18270
 def value_name(declared: Option) -> str:
     "The type that the help shows after a flag."
-    if declared.name == "epochs": return "N or N%"
+    words = dict(epochs="N or N%", steps="N or converged")
+    if declared.name in words: return words[declared.name]
     names = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
     return names.get(declared.type, "A,B,...")
 
