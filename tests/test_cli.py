@@ -161,7 +161,8 @@ def test_studies_by_pattern(cli):
     assert cli("studies", "mem*")[1].startswith("memory ") and cli("studies", "nosuch*")[1] == ""
 
 def test_help(cli):
-    for args in ([], ["run"], ["sweep"], ["datasets"], ["detectors"], ["studies"], ["labels"], ["pretrain"], ["make"]):
+    commands = "run", "sweep", "make", "datasets", "detectors", "studies", "labels", "pretrain"
+    for args in ([], *([command] for command in commands)):
         code, out, _ = cli(*args, "--help")
         assert code == 0 and "Usage" in out
     assert re.match(r"\d+\.\d+", cli("--version")[1])
