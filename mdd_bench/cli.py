@@ -70,7 +70,8 @@ def studies(
 # %% ../nbs/cli.ipynb #9cb18270
 def value_name(declared: Option) -> str:
     "The type that the help shows after a flag."
-    if declared.name == "epochs": return "N or N%"
+    words = dict(epochs="N or N%", steps="N or converged")
+    if declared.name in words: return words[declared.name]
     names = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
     return names.get(declared.type, "A,B,...")
 
@@ -470,6 +471,7 @@ DryRunOfPlan = Annotated[bool, typer.Option(
     "--dry-run", metavar="", help="only show what is left, and how long it takes; with --only, each run")]
 PlanOut = Annotated[Path, typer.Option(metavar="FOLDER", help="results folder of the plan", **RESULTS)]
 
+# %% ../nbs/cli.ipynb #ed0694c5
 @app.command("make")
 def make_command(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="a YAML file with a list of studies")],

@@ -161,7 +161,8 @@ def test_studies_by_pattern(cli):
     assert cli("studies", "mem*")[1].startswith("memory ") and cli("studies", "nosuch*")[1] == ""
 
 def test_help(cli):
-    for args in ([], ["run"], ["sweep"], ["datasets"], ["detectors"], ["studies"], ["labels"], ["pretrain"]):
+    commands = "run", "sweep", "make", "datasets", "detectors", "studies", "labels", "pretrain"
+    for args in ([], *([command] for command in commands)):
         code, out, _ = cli(*args, "--help")
         assert code == 0 and "Usage" in out
     assert re.match(r"\d+\.\d+", cli("--version")[1])
@@ -199,6 +200,7 @@ def test_the_help_of_run_is_in_groups(run_help):
     ("Detector", "--detector", "TEXT.*path/to/file.py:Class.*default: mddnet"),
     ("Detector", "--option", "NAME=VALUE.*may be repeated"),
     ("Training", "--epochs", "N or N%"),
+    ("Training", "--steps", "N or converged"),
     ("Training", "--precision", "float32, bfloat16"),
     ("Scoring", "--protocols", "A,B,.*default: exact"),
 ])

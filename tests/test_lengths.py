@@ -128,7 +128,7 @@ def test_a_method_of_which_it_is_not_known_is_refused():
     message = "steps=converged: it is not known for dmad_released. give a number of steps"
     with pytest.raises(SpecError, match=message):
         resolve(small_spec(detector="dmad_released", epochs=None, steps="converged"))
-    with pytest.raises(SpecError, match="steps='convergd'. give a whole number.*converged: what its method"):
+    with pytest.raises(SpecError, match="steps='convergd'. give a whole number.*converged: what it needs"):
         make_spec(steps="convergd")
 
 # --- trainings that were too short

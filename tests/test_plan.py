@@ -226,6 +226,8 @@ def test_a_study_without_runs_is_made_once_for_the_same_parameters(cli, tmp_path
     lines = cli("make", "plan.yaml", "--plain", "--dry-run")[1].splitlines()
     assert lines[1].endswith("done")
     assert lines[3] == "    left out: it is a notebook only, made without --plain"
+    (tmp_path/"results"/"fast"/"mine.ipynb").write_text("{")      # cut short
+    assert cli("make", "plan.yaml", "--dry-run")[1].splitlines()[1].endswith("to make")
 
 @pytest.mark.parametrize("error, code, tables", [
     (SpecError("the notebook failed", "see it"), 1, 2),

@@ -64,7 +64,8 @@ def naming(entry: Entry):
 
 def study_of(entry: Entry) -> Study:
     "The study of an entry, with its parameters; raises `SpecError` as `load_study`, naming the entry."
-    with naming(entry): return load_study(entry.study, **entry.parameters)
+    changes = {str(name): value for name, value in entry.parameters.items()}
+    with naming(entry): return load_study(entry.study, **changes)
 
 def read_plan(
     file,   # of YAML
@@ -100,10 +101,11 @@ def chosen_entries(
 def injected_parameters(
     notebook: Path,   # executed by papermill
 ) -> dict:
-    "The parameters that a notebook was executed with; empty where there is no such notebook."
-    if not notebook.is_file(): return {}
+    "The parameters that a notebook was executed with; empty where there is none, or one that was cut short."
+    try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError): return {}
     values = {}
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+    for cell in cells:
         if "injected-parameters" not in cell["metadata"].get("tags", []): continue
         for line in ast.parse("".join(cell["source"])).body:
             values[line.targets[0].id] = ast.literal_eval(line.value)
@@ -194,6 +196,7 @@ def describe_entry(
     lines = describe_plan(planned.runs, at_once)
     return [head, *(f"    {line}" for line in (lines if runs else lines[-1:]))]
 
+# %% ../../nbs/running/59a_plan.ipynb #87028464
 def describe_total(
     planned: list[PlannedEntry],
     at_once: int,

@@ -117,7 +117,7 @@ class TrainingFields:
         None, "passes over the training images; 10%: of the recipe's; none: the recipe's",
         least=0, convert=as_epochs, group="Training")
     steps: int | str | None = spec_field(
-        None, "optimizer steps, instead of epochs; converged: what its method needs",
+        None, "optimizer steps of each model, instead of epochs; converged: what it needs",
         least=1, convert=as_steps, group="Training")
     batch: int | None = spec_field(
         None, "images in a step; none: the detector's recipe", least=1, group="Training")
