@@ -111,8 +111,10 @@ def _what_it_is(records, by, column, compared, pairs):
 def _of_the_interval(table, why):
     "What the interval covers, or why there is none."
     if why: return f"There are no intervals: {why}."
+    fewest, most = table["seeds"].min(), table["seeds"].max()
     covers = "other seeds and other test images of these classes"
-    if table["seeds"].min() == 1: covers = "other test images of these classes, but no other seed"
+    if most == 1: covers = "other test images of these classes, but no other seed"
+    elif fewest == 1: covers += " (of a single seed, images only)"
     return f"The 95% interval covers {covers}; ✓ where it excludes zero."
 
 def _of_p(table):
@@ -140,12 +142,13 @@ def _marked(records, by, compared, metrics):
     return marked
 
 # %% ../../nbs/reporting/63b_effects.ipynb #4aabe82b
-def _nothing(records, by, baseline, compared):
+def _nothing(records, by, baseline, compared, pairs):
     "An empty table that says why nothing can be compared."
     [(column, value)] = baseline.items()
-    names = ", ".join(f"`{arm.name}`" for arm in arms(records, by))
     other = f"with {column} `{value}`" if value != "" else "with the first row"
-    why = "no metric has a value in every class" if compared else f"the rows are {names}"
+    if pairs: why = "no metric has a value in every class"
+    elif compared: why = "no seed, or no class, was tested in a row and in its baseline"
+    else: why = "the rows are " + ", ".join(f"`{arm.name}`" for arm in arms(records, by))
     table = pd.DataFrame()
     table.attrs["caption"] = f"Nothing can be compared {other}: {why}."
     return table
@@ -169,7 +172,8 @@ def effects(
     compared = with_baseline(records, by, baseline)
     pairs = pairs_of(compared, classes_of)
     metrics = [metric for metric in metrics if all(_has_values(pair, metric) for pair in pairs.values())]
-    if not (pairs and metrics): return _nothing(records, by, baseline, compared)
+    if not (pairs and metrics): return _nothing(records, by, baseline, compared, pairs)
+    compared = [c for c in compared if c.arm.name in pairs]
     table, why = _with_intervals(pairs, metrics)
     marked = _marked(records, by, compared, metrics)
     sentences = [*warning(records), _what_it_is(records, by, *baseline, compared, pairs),
