@@ -191,6 +191,7 @@ def footnotes(
     notes = ["In percent; one model trained on all classes of the dataset; evaluated by the source's rules."]
     for number, name in enumerate(sorted(set(rows["source"])), 1):
         notes.append(f"[{number}] {SOURCES[name].citation}: {SOURCES[name].note}.")
+    if "mAD" in set(rows["metric"]): notes.append("mAD is our mean of the seven printed metrics.")
     of_suspects = rows.loc[rows["suspect"], "note"].str.split("suspect: ").str[-1]
     if len(of_suspects): notes.append(f"(?) Suspect: {'; '.join(dict.fromkeys(of_suspects))}.")
     return notes
