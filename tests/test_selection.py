@@ -158,6 +158,7 @@ def test_an_unknown_metric_or_protocol_is_refused():
     pairs = pair_up(records_of([1, 2], [3, 4])).pairs
     with pytest.raises(SpecError, match="unknown metric"): paired_scores(pairs, "mAP")
     with pytest.raises(SpecError, match="unknown protocol"): paired_scores(pairs, protocol="other")
+    with pytest.raises(SpecError, match="I-FPR95: less of it is better"): paired_scores(pairs, "I-FPR95")
 
 
 # --- the order

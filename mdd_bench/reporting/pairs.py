@@ -187,7 +187,10 @@ def paired_scores(
     metric: str = "mAD",
     protocol: str = "exact",
 ) -> pd.DataFrame:            # index: detector, configuration; columns: half, seed, cls
-    "The scores of all pairs in points, nan where a half does not have a seed. `SpecError` for a nan score."
+    """The scores of all pairs in points, nan where a half does not have a seed.
+
+    Raises `SpecError` for a nan score, and for a metric of which less is better."""
+    if "FPR" in metric: raise SpecError(f"{metric}: less of it is better", "choose a metric of which more is")
     rows = []
     for name, pair in named_pairs(pairs).items(): rows += _rows(name, pair, metric, protocol)
     frame = pd.DataFrame(rows)

@@ -198,6 +198,9 @@ def regret_of_noise(
     found = [regret(by_seed[seed], by_seed.drop(columns=seed).mean(axis=1)) for seed in by_seed]
     return float(np.mean(found))
 
+
+
+# %% ../../nbs/reporting/62b_selection.ipynb #4c248c52
 def regrets_of(
     scores: pd.DataFrame,     # of `paired_scores`, one detector
     default: str|None = None, # the name of its default configuration, where that is there
@@ -208,8 +211,7 @@ def regrets_of(
     return {
         "chosen": " or ".join(test.index[picked(heldout)]), "oracle": " or ".join(test.index[picked(test)]),
         "chosen, score": float(test[picked(heldout)].mean()), "oracle, score": float(test.max()),
-        "regret": regret(heldout, test),
-        "default": regret_of_default(default, test),
+        "regret": regret(heldout, test), "default": regret_of_default(default, test),
         "random": float(test.max() - test.mean()), "worst": float(test.max() - test.min()),
         "another test seed": regret_of_noise(scores)}
 
