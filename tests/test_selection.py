@@ -1,4 +1,4 @@
-"What the lessons on pairs and selection tell badly: what pairs, ties, unequal seeds, who may see which score."
+"What the lessons on pairs and selection tell badly: which pair, ties, unequal seeds, who sees which score."
 import hashlib, json
 from types import SimpleNamespace
 import matplotlib

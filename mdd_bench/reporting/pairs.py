@@ -123,8 +123,6 @@ def _distinct(configurations, names):
     keys = {comparison_key([flat.get(name) for name in names]) for flat in configurations}
     return len(keys) == len(configurations)
 
-
-
 # %% ../../nbs/reporting/62a_pairs.ipynb #e4bb2cd9
 def telling_apart(
     configurations,  # dicts of settings, of one detector
