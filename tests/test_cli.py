@@ -250,7 +250,9 @@ def test_a_plain_sweep_goes_on_after_a_failure_and_skips_what_is_done(shell, dat
 FILES_OF_THE_STUDY = {
     "benchmark.ipynb", "benchmark.md", "benchmark.csv", "benchmark.tex",
     "benchmark_per_class.md", "benchmark_per_class.csv", "benchmark_per_class.tex",
-    "benchmark_cost.csv", "benchmark_bars.png", "benchmark_maps.png", "runs",
+    "benchmark_cost.md", "benchmark_cost.csv", "benchmark_cost.tex",
+    "benchmark_bars.png", "benchmark_classes.png", "benchmark_pareto.png", "benchmark_maps.png", "worst",
+    "runs",
 }
 
 def times_of(folder): return {p: p.stat().st_mtime_ns for p in folder.glob("runs/*/record.json")}

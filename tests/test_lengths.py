@@ -8,10 +8,12 @@ from conftest import small_spec
 from mdd_bench.data.images import Framing
 from mdd_bench.data.loading import ImageDataset, batches, steps_of_pass
 from mdd_bench.detectors.detector import detector_class
+from mdd_bench.detectors.mddnet import MDDNet
 from mdd_bench.detectors.rd4ad import RD4AD
 from mdd_bench.errors import SpecError
 from mdd_bench.reporting.lengths import (
-    converged_steps, last_thirds, learning_curve, lengths_markdown, lengths_table, scores_by_length,
+    converged_steps, last_thirds, learning_curve, lengths_markdown, lengths_page, lengths_table,
+    scores_by_length,
 )
 from mdd_bench.reporting.tables import caption, how_it_was_made, per_class, summary, to_markdown
 from mdd_bench.running.identity import filled_spec, resolve
@@ -153,6 +155,19 @@ def test_a_record_says_what_its_recipe_needs(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert resolve(spec).run_id in [p.name for p in (tmp_path/"runs").iterdir()]   # it decides no number
 
+@pytest.mark.parametrize("options, needed", [
+    (dict(branches="distillation", memory="none"), RD4AD.recipe.converged),
+    (dict(branches="distillation", memory="none", scale="raw"), RD4AD.recipe.converged),
+    (dict(branches="distillation", memory="none", decoder="light"), MDDNet.recipe.converged),
+    (dict(branches="distillation"), MDDNet.recipe.converged),
+    ({}, MDDNet.recipe.converged),
+])
+def test_mddnet_as_its_parent_has_its_parents_length(options, needed):
+    resolved = resolve(small_spec(detector="mddnet", options=options))
+    assert RD4AD.recipe.converged != MDDNet.recipe.converged
+    assert resolved.recipe == replace(MDDNet.recipe, epochs=1, converged=needed)
+    assert resolved.identity.get("epochs") == 1 and "batch" not in resolved.identity    # ids are as they were
+
 # --- the rule
 
 def record(steps, seed, score, detector="alpha"):
@@ -203,3 +218,15 @@ def test_the_table_and_the_picture_say_where_it_has_converged():
     axes, = learning_curve(scores_by_length(records)).axes
     rings = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in rings] == [450]
+
+def test_the_page_of_lengths_reads_as_what_it_is(tmp_path):
+    "No deviations, no marks, all records, in the order of detectors and lengths."
+    specs = [small_spec(epochs=None, steps=steps, seed=seed, batch=4) for seed in (0, 1) for steps in (3, 2)]
+    records = [run(spec, tmp_path) for spec in specs]
+    text = lengths_page(records)
+    about, _, details = text.partition("\n\n| detector | 2 | 3 |")
+    assert about.startswith("mAD after trainings of so many optimizer steps, a column for each length. "
+                            "Mean over two classes of `embedded-v1-smoke` in percent, two seeds. ")
+    assert not {"±", "bold", "underlined", "†"} & set(about.split()) and "**" not in text
+    for record in records: assert details.count(record.id) == 1
+    assert details.index("| rd4ad | 2 |") < details.index("| rd4ad | 3 |")

@@ -11,11 +11,12 @@ import pytest
 
 from mdd_bench.errors import DataError, SpecError, StoreError
 from mdd_bench.reporting.arms import arms, comparable, settings
-from mdd_bench.reporting.captions import how_it_was_made
+from mdd_bench.reporting.captions import cost_caption, how_it_was_made
 from mdd_bench.reporting.formats import marks
-from mdd_bench.reporting.plots import (bars, chosen_samples, colours, curve, heatmap_grid, loss_curves, save,
-                                       shared_scale, spread_over_classes, transfer_map, worst_grid)
-from mdd_bench.reporting.tables import (TABLE_METRICS, caption, costs, per_class, scores_frame,
+from mdd_bench.reporting.plots import (bars, chosen_samples, colours, curve, heatmap_grid, loss_curves,
+                                       misjudged, save, shared_scale, spread_over_classes, transfer_map,
+                                       worst_grid)
+from mdd_bench.reporting.tables import (TABLE_METRICS, caption, costs, page, per_class, scores_frame,
                                         seen_and_unseen, summary, to_markdown, transfer, write_table)
 
 KEYS = (*TABLE_METRICS, "I-FPR95", "P-FPR95", "P-FPR95-good")
@@ -385,14 +386,43 @@ def test_costs_are_medians_as_recorded():
     records = [record("a", seed) for seed in range(3)] + [record("b", 0)]
     for r, seconds, device in zip(records, (10, 90, 20, 5), ("cpu", "cpu", "cpu", "gpu")):
         r.cost = dict(prepare_s=1, train_s=seconds, test_s=2, ms_per_image=8, parameters_trained=2e6,
-                      bytes_test_without_backbone=3*2**20, device=device)
+                      bytes_test_without_backbone=3*2**20, device=device, features="cached")
     table = costs(records)
-    assert table.loc["a"].tolist() == [21, 2, 8, 2, 3, "cpu", 3]
+    assert table.loc["a"].tolist() == [21, 2, 8, 2, 3, "cpu", 3, " ".join(r.id for r in records[:3])]
     assert table.loc["b", "training, s"] == 6
     assert table.loc["b", "device"] == "gpu"
     assert list(costs(records, {r.id: r.id for r in records}).index) == [r.id for r in records]
     with pytest.raises(SpecError):
         costs([record("a"), record("b", size=256)])
+
+
+def test_a_table_of_costs_says_on_what_they_were_measured_and_how_it_was_made():
+    records = [record("a", seed, provenance=dict(threads=n)) for seed, n in enumerate((1, 1, 8))]
+    for r in records:
+        r.cost = dict(prepare_s=1, train_s=2, test_s=2, ms_per_image=8, parameters_trained=2e6,
+                      bytes_test_without_backbone=3*2**20, device="cpu", features="cached")
+    assert cost_caption(records[:2]) == (
+        "What the runs on `embedded-v1` took when they were made, medians over two seeds, on cpu, 1 thread. "
+        "ResNet-18 features of strides 4, 8 and 16 at 128 px.")
+    assert "on several machines, whose times cannot be compared." in cost_caption(records)
+    assert "took when they were made, on cpu" in cost_caption(records[:1])
+    table = costs(records)
+    assert table.loc["a", "device"] == "cpu, 1 thread; cpu, 8 threads"
+    text = page(table, "Costs.")
+    assert text.startswith("Costs.\n\n| detector |") and text.endswith("</details>")
+    assert "- Measured on cpu, 1 thread; cpu, 8 threads; features cached\n" in text
+    assert "Protocol" not in text and "F1max" not in text and "published" not in text
+    assert all(r.id in text for r in records)
+    assert "Measured" not in how_it_was_made(records)
+
+
+def test_a_plain_caption_explains_neither_deviations_nor_marks():
+    short = dict(steps=3, converged_steps=9)
+    records = [record(name, seed, provenance=short) for name in "ab" for seed in (0, 1)]
+    full, plain = caption(records), caption(records, plain=True)
+    assert plain == ("Mean over two classes of `embedded-v1` in percent, two seeds. "
+                     "ResNet-18 features of strides 4, 8 and 16 at 128 px.")
+    assert "±" in full and "bold" in full and "†" in full
 
 
 def test_the_details_name_the_detectors_that_nobody_has_compared_with_their_paper():
@@ -898,29 +928,63 @@ def test_spread_takes_turns_and_starts_each_class_elsewhere():
     assert spread_over_classes([], 3) == []
 
 
-def test_worst_grid_orders_failures_and_shares_one_scale():
+def titles_of(row):
+    return [ax.get_title() for ax in row]
+
+
+def test_worst_grid_has_a_row_for_each_class_and_one_scale():
     r = drawn_records()[0]
-    rows = rows_of(worst_grid(r), 4)
-    assert [row[1].get_title() for row in rows] == ["score 0.7", "score 0.6", "score 0.5"]
-    assert [row[3].get_title() for row in rows] == ["score 0.2", "", ""]
-    assert [row[0].get_ylabel() for row in rows] == ["x\ngood", "y\ngood", "x\ngood"]
-    assert (rows[0][0].get_title(), rows[0][2].get_title()) == ("false alarms", "misses")
-    maps = [ax.images[0] for row in rows for ax in (row[1], row[3]) if ax.images]
+    rows = rows_of(worst_grid(r), 8)
+    assert [row[0].get_ylabel() for row in rows] == ["x", "y"]
+    assert titles_of(rows[0]) == ["false alarm", "score 0.7 \u2717", "false alarm", "score 0.5 \u2717",
+                                  "miss: dent", "score 0.2 \u2717", "", ""]
+    assert titles_of(rows[1]) == ["false alarm", "score 0.6", *[""]*6]
+    maps = [ax.images[0] for row in rows for ax in row[1::2] if ax.images]
+    assert len(maps) == 4
     assert {image.get_clim() for image in maps} == {shared_scale(r.drawn.maps)}
     np.testing.assert_allclose(rows[0][1].images[0].get_array(), r.drawn.maps[4].astype(np.float32))
-    np.testing.assert_allclose(rows[0][3].images[0].get_array(), r.drawn.maps[5].astype(np.float32))
-    assert len(rows[0][2].collections) == 2                    # the outline of what was missed
-    assert not rows[1][2].axison                               # no second miss
+    np.testing.assert_allclose(rows[0][5].images[0].get_array(), r.drawn.maps[5].astype(np.float32))
+    np.testing.assert_array_equal(rows[1][0].images[0].get_array(), r.drawn.images[8])
+    assert len(rows[0][4].collections) == 2                    # the outline of what was missed
+    assert not rows[1][4].images                               # no miss in this class
+
+
+def test_classes_with_mistakes_come_first():
+    images = [("a", "good", "false alarm", .3), ("a", "cut", "miss", .4),
+              ("b", "good", "false alarm", .8), ("b", "cut", "miss", .8)]
+    r = record(drawn=drawn_samples(images=images))
+    assert [row[0].get_ylabel() for row in rows_of(worst_grid(r), 4)] == ["b", "a"]
+
+
+@pytest.mark.parametrize("scores, expected", [
+    ((.1, .2, .3, .4), [False]*4),                 # good, good, defect, defect
+    ((.1, .3, .3, .4), [False, True, True, False]),     # a tie: no threshold parts them
+    ((.5, .2, .3, .4), [True, False, True, True]),
+])
+def test_misjudged_within_a_class_only(scores, expected):
+    kinds = ["good", "good", "cut", "dent"]
+    images = [("x", kind, "seeded", score) for kind, score in zip(kinds, scores)]
+    images += [("y", "good", "seeded", 9.), ("z", "cut", "seeded", 0.)]      # other classes, other levels
+    assert misjudged(drawn_samples(images=images)).tolist() == [*expected, False, False]
 
 
 def test_worst_grid_of_one_class_and_of_a_record_without_failures():
     r = drawn_records()[0]
-    assert len(rows_of(worst_grid(r, most=1), 4)) == 1
-    only_false_alarms = rows_of(worst_grid(r, cls="y"), 2)
-    assert [ax.get_title() for ax in only_false_alarms[0]] == ["false alarms", "score 0.6"]
+    assert [len(row) for row in rows_of(worst_grid(r, most=1), 4)] == [4, 4]
+    assert titles_of(rows_of(worst_grid(r, cls="y"), 4)[0]) == ["false alarm", "score 0.6", "", ""]
     r.drawn = drawn_samples(images=[row for row in IMAGES if row[2] == "seeded"])
     with pytest.raises(DataError, match=f"record {r.id} has no false alarm"):
         worst_grid(r)
+
+
+def test_fifteen_classes_fit_in_one_grid():
+    images = [(f"c{i}", kind, chosen, i + score) for i in range(15)
+              for kind, chosen, score in (("good", "false alarm", .6), ("good", "false alarm", .5),
+                                          ("cut", "miss", .2), ("cut", "miss", .3))]
+    fig = worst_grid(record(drawn=drawn_samples(images=images)))
+    assert len(rows_of(fig, 8)) == 15
+    width, height = fig.get_size_inches()
+    assert width < 9 and height < 18
 
 
 def test_scale_of_a_constant_map_and_of_an_outlier():

@@ -31,7 +31,7 @@ def fixed(detector, seed, levels, classes=("a$b_c%", "[tile]"), **fields):
     mean = {m: float(np.mean([scores[m] for scores in per_class.values()])) for m in METRICS}
     per_kind = {cls: {"cut": scores, "100%_dent": scores} for cls, scores in per_class.items()}
     cost = dict(prepare_s=1, train_s=20.25, test_s=2, ms_per_image=8, parameters_trained=2e6,
-                bytes_test_without_backbone=3*2**20, device="cpu")
+                bytes_test_without_backbone=3*2**20, device="cpu", features="cached")
     return SimpleNamespace(
         id=f"{detector}-{seed}", spec=spec, cost=cost,
         metrics={"exact": dict(mean=mean, per_class=per_class, per_kind=per_kind)},
@@ -93,7 +93,7 @@ layers 2,3; labelled 0; scheme pooled; batch 16; weights_hash w1
 | :--- | :--- | :--- | :--- | :--- |
 | alpha | 10 epochs (100 steps) | 0, 1 | - | alpha-0 alpha-1 |
 | beta | 10 epochs (100 steps) | 0, 1 | memory=50 | beta-0 beta-1 |
-| ours_v2 | 1 epochs (100 steps) | 0 | - | ours_v2-0 |
+| ours_v2 | 1 epoch (100 steps) | 0 | - | ours_v2-0 |
 
 </details>"""
 

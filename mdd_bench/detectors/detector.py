@@ -71,7 +71,7 @@ class Detector(TrainingHooks):
     "A method: features in, anomaly map out. Subclasses declare options and write `losses` and `predict`."
     name = "detector"         # set by `register`
     revision = 1              # raised whenever the method's numbers, or the meaning of a default, change
-    recipe = Recipe()         # its documented training and features
+    recipe = Recipe()         # its documented training and features; of an instance too
     needs = frozenset()       # "image", "pairs", "cls", "labelled", "turned", "textures"
     defects = None            # with "pairs" and "textures": keywords of mdd_bench.data.defects.Defects
     verified = None           # the published numbers that ours were found to agree with; None: not compared

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'BRANCHES', 'MEMORIES', 'WITHOUT_MEMORY', 'WITHOUT_CLUSTERS', 'WITHOUT_IDENTITY', 'WITHOUT_DEFECTS',
-           'MEMORY_WEIGHT', 'PROTOTYPE_RATE', 'SAVED_CENTRES', 'GROUP_NAMES', 'Decoded', 'LevelMaps',
+           'PARENT', 'MEMORY_WEIGHT', 'PROTOTYPE_RATE', 'SAVED_CENTRES', 'GROUP_NAMES', 'Decoded', 'LevelMaps',
            'discrepancy_maps', 'mask_at_level', 'dist_loss', 'fuse_maps', 'standardise', 'LevelScale', 'moments',
            'measure_levels', 'TrainingGroups', 'identity_mix', 'MemoryRead', 'Memory', 'embeddings_by_group',
            'prototype_losses', 'MDDNetOptions', 'Branches', 'make_branches', 'mddnet_losses', 'find_clusters',
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .detector import Detector, Prediction, Recipe, register, texture_source
+from .rd4ad import RD4AD
 from ..options import option
 from ..parts.clustering import Groups
 from ..parts.decoders import PAIRS
@@ -216,10 +217,11 @@ WITHOUT_MEMORY = {"memory=none": None}
 WITHOUT_CLUSTERS = {"memory!=cluster": None}
 WITHOUT_IDENTITY = {"branches!=both": None}
 WITHOUT_DEFECTS = {"branches=distillation": None}
+PARENT = dict(branches="distillation", decoder="mirror", memory="none")     # it is trained as RD4AD
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #2b9a083c
 class MDDNetOptions(Detector):
-    "The options of MDD-Net, and what they ask of a training batch."
+    "The options of MDD-Net, and what they ask of a training: its batches, its length."
     branches: str = option("both", choices=BRANCHES, help="which decoders there are")
     decoder: str = option("mirror", choices=tuple(PAIRS), help="the teacher's mirror image, or a light one")
     memory: str = option("class", choices=MEMORIES, help="whose prototypes the decoder sees")
@@ -248,6 +250,7 @@ class MDDNetOptions(Detector):
         pairs = self.branches != "distillation"
         self.needs = frozenset(["pairs"]*pairs + ["cls"]*(self.memory == "class"))
         self.defects = dict(probability=self.anomaly_probability, textures=self.textures) if pairs else None
+        if PARENT.items() <= self.options.items(): self.recipe = RD4AD.recipe
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #76d567e2
 class Branches(nn.Module):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BROUGHT', 'SEEDS', 'FOLLOWS', 'settings', 'arm_columns', 'printed', 'comparison_key', 'comparable', 'Arm', 'arms',
-           'scores_of', 'facts_of', 'steps_of', 'not_converged', 'split_batches']
+           'scores_of', 'facts_of', 'steps_of', 'measured_on', 'not_converged', 'split_batches']
 
 # %% ../../nbs/reporting/60a_arms.ipynb #b8e0322b
 import json
@@ -212,6 +212,11 @@ def facts_of(
     return list(dict.fromkeys(model[name] for model in models if model.get(name) is not None))
 
 def steps_of(record) -> list: return facts_of(record, "steps")
+
+def measured_on(record) -> str:
+    "The device and the number of threads that the cost of a record belongs to."
+    device, threads = record.cost["device"], record.provenance.get("threads")
+    return device if threads is None else f"{device}, {threads} thread{'s'*(threads != 1)}"
 
 # %% ../../nbs/reporting/60a_arms.ipynb #1d9d1c76
 def not_converged(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['scores_by_length', 'pooled_deviation', 'last_thirds', 'converged_steps', 'lengths_table', 'lengths_markdown',
-           'learning_curve']
+           'lengths_page', 'learning_curve']
 
 # %% ../../nbs/reporting/63a_lengths.ipynb #db55c290
 import numpy as np
 import pandas as pd
 from ..errors import SpecError
+from .captions import caption, how_it_was_made
 from .plots import colours, style
 
 # %% ../../nbs/reporting/63a_lengths.ipynb #ecb1df1c
@@ -83,6 +84,26 @@ def lengths_markdown(
         converged = "-" if pd.isna(row.converged) else str(int(row.converged))
         rows.append([name, *map(printed, row[:-1]), converged])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+# %% ../../nbs/reporting/63a_lengths.ipynb #6d3af7a0
+def lengths_page(
+    records,                  # of runs that differ in detector, steps and seed
+    metric: str = "mAD",
+    protocol: str = "exact",
+) -> str:                     # Markdown
+    "The caption, the table, and how it was made, folded; raises `SpecError` as `scores_by_length`, `arms`."
+    by, detectors = ["detector", "steps"], list(dict.fromkeys(record.spec["detector"] for record in records))
+    records = sorted(records, key=lambda record: record.spec["steps"] or 0)
+    records = sorted(records, key=lambda record: detectors.index(record.spec["detector"]))
+    about = [
+        f"{metric} after trainings of so many optimizer steps, a column for each length.",
+        caption(records, protocol, by, plain=True),
+        "Spread: the deviation over seeds, pooled over the lengths.",
+        "Fallen: how far the longest training lies below the best, where that is more than the spread.",
+        "Converged: the first length from which on the last third of a training gains less than the spread.",
+    ]
+    table = lengths_markdown(lengths_table(scores_by_length(records, metric, protocol)))
+    return "\n\n".join([" ".join(about), table, how_it_was_made(records, protocol, by)])
 
 # %% ../../nbs/reporting/63a_lengths.ipynb #df9b2f7f
 def learning_curve(

@@ -11,8 +11,9 @@ from copy import copy
 from pathlib import Path
 import pandas as pd
 from ..errors import SpecError, StoreError, unknown
-from .arms import arm_columns, arms, not_converged, scores_of, split_batches
-from .captions import caption, how_it_was_made
+from .arms import (arm_columns, arms, measured_on, not_converged, scores_of,
+                                      split_batches)
+from .captions import caption, cost_caption, how_it_was_made
 from .formats import to_latex, to_markdown
 
 # %% ../../nbs/reporting/61_tables.ipynb #7c58e01a
@@ -243,15 +244,18 @@ def _cost_columns(cost):
 def costs(
     records,                         # comparable Records
     by: str|list|dict = "detector",  # what tells the arms apart, as in `comparable`: the index
-) -> pd.DataFrame:                   # per arm: medians over seeds, then `device` and `n`
+) -> pd.DataFrame:                   # per arm: medians over seeds, then `device`, `n`, `records` (ids)
     """What the runs of each arm took: features and training, test, one image at batch 1 with its backbone,
     what is learned, and what must be kept."""
     rows = []
     for arm in arms(records, by):
         medians = pd.DataFrame([_cost_columns(record.cost) for record in arm.records], dtype=float).median()
-        devices = sorted({str(record.cost["device"]) for record in arm.records})
-        rows.append({**arm.values, **medians, "device": ", ".join(devices), "n": len(arm.records)})
-    return pd.DataFrame(rows).set_index(arm_columns(by))
+        devices = "; ".join(sorted({measured_on(record) for record in arm.records}))
+        ids = " ".join(record.id for record in arm.records)
+        rows.append({**arm.values, **medians, "device": devices, "n": len(arm.records), "records": ids})
+    table = pd.DataFrame(rows).set_index(arm_columns(by))
+    table.attrs["made"] = how_it_was_made(records, None, by)
+    return table
 
 # %% ../../nbs/reporting/61_tables.ipynb #d5d24a62
 def page(

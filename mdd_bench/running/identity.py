@@ -221,9 +221,9 @@ def resolve(
         remedy = f"it takes images of {backbone.fixed_size} pixels only: --size {backbone.fixed_size}"
         raise SpecError(f"size {spec.size} with backbone {backbone.name!r}", remedy)
     with torch.device("meta"):
-        needs = create_detector(spec.detector, backbone, len(dataset.classes), **options).needs
-    check_labels(spec, dataset, needs)
-    recipe = own_recipe(cls.recipe, spec)
+        detector = create_detector(spec.detector, backbone, len(dataset.classes), **options)
+    check_labels(spec, dataset, detector.needs)
+    recipe = own_recipe(detector.recipe, spec)
     parts = (spec, dataset, backbone, options, recipe)
     return Resolved(*parts, make_identity(*parts), make_identity(*parts, training=True))
 
