@@ -73,7 +73,7 @@ def test_the_wheel_has_nothing_else(content):
 
 # --- what it needs
 
-OTHER_NAMES = dict(PIL="pillow", sklearn="scikit-learn", yaml="pyyaml")
+OTHER_NAMES = dict(PIL="pillow", sklearn="scikit-learn", yaml="pyyaml", markdown_it="markdown-it-py")
 
 def imported_packages(path):
     "Packages that a file imports, by their first name."

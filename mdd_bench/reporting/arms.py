@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BROUGHT', 'SEEDS', 'FOLLOWS', 'settings', 'arm_columns', 'printed', 'comparison_key', 'comparable', 'Arm', 'arms',
-           'scores_of', 'facts_of', 'steps_of', 'measured_on', 'not_converged', 'split_batches']
+           'distinctions', 'scores_of', 'facts_of', 'steps_of', 'measured_on', 'not_converged', 'split_batches']
 
 # %% ../../nbs/reporting/60a_arms.ipynb #b8e0322b
 import json
@@ -191,6 +191,19 @@ def arms(
     for arm in grouped.values():
         _refuse_repeated_seeds(arm)
     return list(grouped.values())
+
+# %% ../../nbs/reporting/60a_arms.ipynb #d15713c1
+def distinctions(
+    records,     # Records, at least one
+) -> list:       # of fields, as `by` of `comparable`; the detector first
+    "The settings in which records differ, without the seeds and what follows another setting."
+    pairs = [(record.id, settings(record)) for record in records]
+    known = dict.fromkeys(name for _, flat in pairs for name in flat)
+    differing = []
+    for field in known:
+        leaders = _leaders(field, named=False)
+        if field not in SEEDS and _disagreements(field, leaders, pairs): differing.append(field)
+    return list(dict.fromkeys(["detector", *differing]))
 
 # %% ../../nbs/reporting/60a_arms.ipynb #b5c12123
 def scores_of(
