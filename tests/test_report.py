@@ -183,8 +183,9 @@ def test_tables_of_a_grid_without_notebook(tmp_path):
     folder = tmp_path/"mine"
     records = stub_records(folder)
     write_table(folder, "mine_exact", summary(records), caption(records))
-    html, _ = check(report(folder))
+    html, page = check(report(folder))
     assert ">Exact</h2>" in html and len(rows_of(html, "alpha")) == 2
+    assert [image["alt"] for image in page.images] == ["Mine, Pictures: Means over classes"]
 
 def test_several_studies(study):
     other = study.parent/"more"/"other"

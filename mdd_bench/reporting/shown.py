@@ -315,6 +315,8 @@ def show_study(
     if pieces and isinstance(pieces[0], Heading) and pieces[0].level == 1: title = pieces.pop(0).text
     if pieces and isinstance(pieces[0], Markup) and pieces[0].startswith("<blockquote>"):
         question = pieces.pop(0).striptags()
-    pieces += table_pieces(study, href)
-    if not pieces and study.records: pieces = made_tables(study.records) + made_pictures(study.records)
-    return Shown(title, question, pieces + picture_pieces(study))
+    tables, pictures = table_pieces(study, href), picture_pieces(study)
+    if study.records and not study.cells:
+        tables = tables or made_tables(study.records)
+        pictures = pictures or made_pictures(study.records)
+    return Shown(title, question, [*pieces, *tables, *pictures])
