@@ -347,14 +347,14 @@ def _draw_scores(ax, name, rows, edges, auroc):
     "Draw the scores of a class or of all, good above and anomalous below; `auroc` is written beside them."
     anomalous, palette = rows.label != 0, colours(["good", "anomalous"])
     for label, chosen, sign in (("good", ~anomalous, 1), ("anomalous", anomalous, -1)):
-        shares = np.full(chosen.sum(), sign/chosen.sum())
-        ax.hist(rows.score[chosen], edges, weights=shares, color=palette[label], label=label)
+        counts, _ = np.histogram(rows.score[chosen], edges)
+        ax.stairs(sign*counts/counts.sum(), edges, fill=True, color=palette[label], label=label)
     ax.axhline(0, color=".15", lw=.6)
     ax.set_ylabel(name, rotation=0, ha="right", va="center")
     ax.set_yticks([])
     ax.spines[["left", "bottom"]].set_visible(False)
-    counts = f"{(~anomalous).sum()} + {anomalous.sum()} images"
-    ax.text(1.01, .5, f"{auroc}\n{counts}", transform=ax.transAxes, va="center", fontsize=7)
+    numbers = f"{(~anomalous).sum()} + {anomalous.sum()} images"
+    ax.text(1.01, .5, f"{auroc}\n{numbers}", transform=ax.transAxes, va="center", fontsize=7)
 
 # %% ../../nbs/reporting/63b_comparisons.ipynb #24499a61
 def score_histograms(
