@@ -9,7 +9,7 @@ __all__ = ['app', 'DATA_HELP', 'DATA_FIELDS', 'DATA_FLAGS', 'AsJson', 'TableFile
            'Only', 'DryRunOfPlan', 'PlanOut', 'INTERRUPTED', 'version', 'detectors', 'protocols', 'studies',
            'value_name', 'flag_help', 'flag', 'keyword_parameter', 'spec_flags', 'as_options', 'print_layouts',
            'inspected', 'write_table', 'save_sheet', 'print_json', 'print_survey', 'datasets', 'download_command',
-           'labels', 'print_record', 'run_command', 'show_step', 'pretrain', 'make_tables', 'make_plain_table',
+           'labels', 'print_record', 'run_command', 'show_step', 'pretrain', 'make_tables', 'make_plain_tables',
            'print_study', 'runs_at_once', 'print_plan', 'sweep', 'make_entry', 'make_command', 'results_command',
            'report_command', 'cache', 'format_warning', 'end_now', 'main']
 
@@ -357,20 +357,20 @@ def pretrain(
 
 # %% ../nbs/cli.ipynb #91eeb36e
 def make_tables(swept, folder: Path, **settings):
-    "Execute a study's notebook, and show how long that takes; without a notebook, make a table."
+    "Execute a study's notebook, and show how long that takes; without a notebook, make two tables."
     from tqdm import tqdm
     from mdd_bench.running.study import study_notebook
     from mdd_bench.running.sweep import execute_study
     study = swept.study
     if not swept.records and not study.parameters: return
-    if not study_notebook(study): return make_plain_table(swept, folder)
+    if not study_notebook(study): return make_plain_tables(swept, folder)
     working = dict(desc="making the table and the plots", bar_format="{desc} {elapsed}")
     with tqdm(**working, disable=None, file=sys.stderr) as bar:
         execute_study(study, folder, bar.refresh, **({} if study.parameters else settings))
 
-def make_plain_table(swept, folder: Path):
-    "Write the table of a study that has no notebook."
-    from mdd_bench.reporting.tables import caption, summary, write_table
+def make_plain_tables(swept, folder: Path):
+    "Write the tables of a study that has no notebook: what was found under each protocol, and what it cost."
+    from mdd_bench.reporting.tables import caption, cost_caption, costs, summary, write_table
     grid, averaged = swept.study.grid, ("seed", "label_seed")
     axes = [name for name, values in grid.items() if len(values) > 1 and name not in averaged]
     arms = [swept.study.names()] if swept.study.arms else ["detector"]
@@ -378,6 +378,7 @@ def make_plain_table(swept, folder: Path):
     for protocol in swept.study.specs()[0].protocols:
         table, description = summary(swept.records, by, protocol), caption(swept.records, protocol, by)
         write_table(folder, f"{swept.study.name}_{protocol}", table, description)
+    write_table(folder, f"{swept.study.name}_cost", costs(swept.records, by), cost_caption(swept.records, by))
 
 def print_study(swept, folder: Path):
     "Print the tables of a study, the paths of its files, the number of its records, and what failed."

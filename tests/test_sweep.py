@@ -337,7 +337,7 @@ def test_a_file_that_was_cut_short_is_noticed_and_the_run_is_made_anew(tmp_path,
     kept, = tmp_path.glob("benchmark/runs/.damaged/*/history.csv")
     assert kept.read_text() == whole[:len(whole)//2]
 
-def test_a_study_of_ones_own_has_a_table(tmp_path, cli):
+def test_a_study_of_ones_own_has_tables(tmp_path, cli):
     (tmp_path/"mine.yaml").write_text("base: {epochs: 1}\ngrid: {detector: patchcore, size: [64, 96]}")
     small = sweep_flags()
     del small[small.index("size=64") - 1:small.index("size=64") + 1]
@@ -345,7 +345,10 @@ def test_a_study_of_ones_own_has_a_table(tmp_path, cli):
     code, printed, _ = cli("sweep", tmp_path/"mine.yaml", *small, "--out", tmp_path)
     assert code == 0 and "| patchcore | 96 |" in printed
     files = {path.name for path in (tmp_path/"mine").iterdir()}
-    assert files == {"runs", "mine_exact.csv", "mine_exact.md", "mine_exact.tex"}
+    names = {f"mine_{table}.{ending}" for table in ("exact", "cost") for ending in ("csv", "md", "tex")}
+    assert files == {"runs"} | names
+    cost = (tmp_path/"mine"/"mine_cost.md").read_text()
+    assert cost.startswith("What the runs on ") and "- Measured on " in cost and "| ms per image |" in cost
 
 @pytest.mark.parametrize("text, words", [
     ("base: [1]", "base in.*is .1."), ("a: {}", "unknown field"), ("{", "is no YAML"), ("", "has no fields"),

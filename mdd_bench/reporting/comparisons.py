@@ -160,10 +160,11 @@ def place_names(
     ax.figure.draw_without_rendering()
     pixels = ax.figure.dpi/72
     taken = [Bbox(np.sort(ax.transData.transform(ends), axis=0)).padded(3.5*pixels) for ends in segments]
-    style, crowded = dict(textcoords="offset points", annotation_clip=False, in_layout=False, fontsize=7), 0
+    form = dict(textcoords="offset points", annotation_clip=False, in_layout=False, fontsize=7)
+    crowded = 0
     for point, name in sorted(zip(points, names), key=lambda pair: pair[1] not in bold):
         weight = "bold" if name in bold else "normal"
-        text = ax.annotate(fill(name, 36), point, (0, 0), ha="left", va="bottom", weight=weight, **style)
+        text = ax.annotate(fill(name, 36), point, (0, 0), ha="left", va="bottom", weight=weight, **form)
         at, size = ax.transData.transform(point), text.get_window_extent().size
         covered, place = _best_place(ax, _places(at, size, pixels), taken)
         crowded += covered > 0
@@ -171,11 +172,17 @@ def place_names(
         taken.append(place.box.padded(pixels))
         if place.distance > DISTANCES[1]:
             line = dict(arrowstyle="-", lw=.4, color=".5", shrinkA=0, shrinkB=0)
-            ax.annotate("", point, (place.start - at)/pixels, arrowprops=line, **style)
+            ax.annotate("", point, (place.start - at)/pixels, arrowprops=line, **form)
     return crowded
 
 # %% ../../nbs/reporting/63b_comparisons.ipynb #95250782
 FASTER_IS_MORE = ("images_per_second",)     # of the costs
+
+def _front(points, cost, metric):
+    "The CostPoints on the front, in the directions that are better for this cost and this metric."
+    cheaper, better = -1 if cost in FASTER_IS_MORE else 1, -1 if "FPR" in metric else 1
+    costs, values = [cheaper*point.cost for point in points], [better*point.mean for point in points]
+    return [points[i] for i in pareto_front(costs, values)]
 
 def _corners(front):
     "The corners of the steps that join the points of a front, [(cost, percent), ...]."
@@ -235,9 +242,7 @@ def pareto(
     every = cost_points(records, cost, metric, by, protocol)
     points = [point for point in every if np.isfinite(point.mean)]
     if not points: raise SpecError(f"no arm has a {metric}: all are nan", "Choose a metric that they have")
-    signs = -1 if cost in FASTER_IS_MORE else 1, -1 if "FPR" in metric else 1
-    found = pareto_front([signs[0]*point.cost for point in points], [signs[1]*point.mean for point in points])
-    front = [points[i] for i in found]
+    front = _front(points, cost, metric)
     missing = [point.name for point in every if point not in points]
     palette = palette or colours(point.name for point in every)
     with style() as plt:
@@ -342,14 +347,14 @@ def _draw_scores(ax, name, rows, edges, auroc):
     "Draw the scores of a class or of all, good above and anomalous below; `auroc` is written beside them."
     anomalous, palette = rows.label != 0, colours(["good", "anomalous"])
     for label, chosen, sign in (("good", ~anomalous, 1), ("anomalous", anomalous, -1)):
-        shares = np.full(chosen.sum(), sign/chosen.sum())
-        ax.hist(rows.score[chosen], edges, weights=shares, color=palette[label], label=label)
+        counts, _ = np.histogram(rows.score[chosen], edges)
+        ax.stairs(sign*counts/counts.sum(), edges, fill=True, color=palette[label], label=label)
     ax.axhline(0, color=".15", lw=.6)
     ax.set_ylabel(name, rotation=0, ha="right", va="center")
     ax.set_yticks([])
     ax.spines[["left", "bottom"]].set_visible(False)
-    counts = f"{(~anomalous).sum()} + {anomalous.sum()} images"
-    ax.text(1.01, .5, f"{auroc}\n{counts}", transform=ax.transAxes, va="center", fontsize=7)
+    numbers = f"{(~anomalous).sum()} + {anomalous.sum()} images"
+    ax.text(1.01, .5, f"{auroc}\n{numbers}", transform=ax.transAxes, va="center", fontsize=7)
 
 # %% ../../nbs/reporting/63b_comparisons.ipynb #24499a61
 def score_histograms(
