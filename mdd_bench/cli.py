@@ -451,7 +451,7 @@ def make_entry(planned, plain: bool, at: dict, **settings) -> list[str]:
     "Make what is left of an entry of a plan; returns what failed, a line each."
     import mdd_bench.running.sweep as sweeping
     from mdd_bench.running.plan import remove_pictures
-    print(f"\n{planned.entry.out}: {planned.entry.why}", flush=True)
+    print(f"\n{planned.entry.title}", flush=True)
     if planned.left_out: print(f"    left out: {planned.left_out}")
     if planned.left_out or planned.executed: return []
     folder, settings = planned.folder, settings | dict(keep_model=planned.entry.keep_model)

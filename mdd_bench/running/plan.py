@@ -33,6 +33,11 @@ class Entry:
     keep_model: bool = spec_field(False, "keep the models of all runs")
     pictures: bool = spec_field(True, "false: keep none of the test images, where they must not be shown")
 
+    @property
+    def title(self) -> str:
+        "Its folder and the word for the reader."
+        return f"{self.out}: {self.why}" if self.why else self.out
+
 def entry_options() -> dict[str, Option]:
     "The declaration of every field of an entry."
     return {f.name: f.metadata["option"].declare(f.name, f.type) for f in fields(Entry)}
@@ -189,7 +194,7 @@ def describe_entry(
     runs: bool,            # whether to list the runs
 ) -> list[str]:
     "What is left to do for an entry, as lines."
-    head = f"{planned.entry.out}: {planned.entry.why}".removesuffix(": ")
+    head = planned.entry.title
     if planned.left_out: return [head, f"    left out: {planned.left_out}"]
     if planned.study.parameters:
         return [head, f"    a notebook that measures: {'done' if planned.executed else 'to make'}"]
