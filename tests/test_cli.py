@@ -251,6 +251,7 @@ FILES_OF_THE_STUDY = {
     "benchmark.ipynb", "benchmark.md", "benchmark.csv", "benchmark.tex",
     "benchmark_per_class.md", "benchmark_per_class.csv", "benchmark_per_class.tex",
     "benchmark_cost.md", "benchmark_cost.csv", "benchmark_cost.tex",
+    "benchmark_effects.md", "benchmark_effects.csv", "benchmark_effects.tex", "benchmark_effects.png",
     "benchmark_bars.png", "benchmark_classes.png", "benchmark_pareto.png", "benchmark_maps.png", "worst",
     "runs",
 }
