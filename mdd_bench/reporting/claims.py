@@ -195,4 +195,5 @@ def draw_ledger(
     if not len(measured):
         raise SpecError("no claim has an interval", "Run what is missing, and keep replicates.npz")
     named = measured.rename(columns={"gain": "difference"}).set_index("metric", append=True)
+    named.attrs["baseline"] = "the other arm"
     return draw_effects(named.rename_axis(["arm", "metric"]))
