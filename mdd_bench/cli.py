@@ -452,8 +452,9 @@ def make_entry(planned, plain: bool, at: dict, **settings) -> list[str]:
     import mdd_bench.running.sweep as sweeping
     from mdd_bench.running.plan import remove_pictures
     print(f"\n{planned.entry.title}", flush=True)
-    if planned.left_out: print(f"    left out: {planned.left_out}")
-    if planned.left_out or planned.executed: return []
+    if planned.left_out or planned.executed:
+        print(f"    left out: {planned.left_out}" if planned.left_out else "    done before")
+        return []
     folder, settings = planned.folder, settings | dict(keep_model=planned.entry.keep_model)
     how = settings | at | dict(plain=plain, elsewhere=planned.elsewhere)
     try:

@@ -222,7 +222,8 @@ def test_a_study_without_runs_is_made_once_for_the_same_parameters(cli, tmp_path
     assert lines == [
         "fast", "    a notebook that measures: done", "other", "    a notebook that measures: to make",
         "in all 0 different runs, 0 to make; notebooks that measure: 1 to make"]
-    assert cli("make", "plan.yaml")[0] == 0 and made == ["other"]
+    code, printed, _ = cli("make", "plan.yaml")
+    assert code == 0 and made == ["other"] and printed.split("\n\n")[0].split() == ["fast", "done", "before"]
     lines = cli("make", "plan.yaml", "--plain", "--dry-run")[1].splitlines()
     assert lines[1].endswith("done")
     assert lines[3] == "    left out: it is a notebook only, made without --plain"
