@@ -109,13 +109,14 @@ def test_without_replicates_there_is_a_gain_and_no_verdict():
 def test_what_was_not_run_is_not_measured():
     table = ledger([Claim(**GOOD)], [record("x", 0, [1, 2, 3])])
     assert table.iloc[0].verdict == "not measured"
-    assert "| - | - | **not measured** |" in ledger_markdown(table)
+    assert "| **not measured** | - | any gain | mAD | - |" in ledger_markdown(table)
 
 
 def test_bytes_are_percent_saved():
     records = [record("x", 0, [1]*3, size=200), record("y", 0, [1]*3, size=50)]
     row = ledger([Claim(**GOOD | dict(metric="bytes"))], records).iloc[0]
     assert row.gain == row.low == row.high == 75 and row.verdict == "held"
+    assert "| +75.0% |" in ledger_markdown(row.to_frame().T)
 
 
 def test_an_arm_that_mixes_settings_is_refused():

@@ -172,17 +172,18 @@ def _interval(row):
     if pd.isna(row.gain): return "-"
     unit = "%" if row.metric == "bytes" else ""
     if pd.isna(row.low): return f"{row.gain:+.1f}{unit}, no interval"
+    if row.low == row.high: return f"{row.gain:+.1f}{unit}"
     return f"{row.gain:+.1f}{unit} ({row.low:+.1f} to {row.high:+.1f})"
 
 def ledger_markdown(
     table: pd.DataFrame,  # of `ledger`
 ) -> str:
     "The ledger as a Markdown table: the claim, what was asked, the gain with its 95% interval, the verdict."
-    lines = ["| claim | source | metric | asked | gain (95% interval) | seeds | verdict |",
+    lines = ["| claim | verdict | gain (95% interval) | asked | metric | seeds | source |",
              "| :--- | :--- | :--- | :--- | :--- | ---: | :--- |"]
     for name, row in table.iterrows():
         seeds = "-" if pd.isna(row.seeds) else int(row.seeds)
-        words = (name, row.source, row.metric, row.asked, _interval(row), seeds, f"**{row.verdict}**")
+        words = (name, f"**{row.verdict}**", _interval(row), row.asked, row.metric, seeds, row.source)
         lines.append("| " + " | ".join(str(word).replace("|", r"\|") for word in words) + " |")
     return "\n".join(lines)
 
