@@ -252,15 +252,16 @@ def draw_effects(
     "Differences and intervals in points, one row for each arm and metric."
     names = [", ".join(map(str, row[:-1])) for row in table.index]
     palette = palette or colours(table.attrs.get("arms", names))
+    labels = [f"{name}, {row[-1]}" for name, row in zip(names, table.index)]
+    width = max(4.2, 2.6 + .058*max(map(len, labels), default=0))
     with style() as plt:
-        fig, ax = plt.subplots(figsize=(4.2, .6 + .22*len(table)))
+        fig, ax = plt.subplots(figsize=(width, .6 + .22*len(table)))
         if margin: ax.axvspan(-margin, margin, color=".9", lw=0, label=f"within {margin:g} points")
         ax.axvline(0, color=".4", lw=.8)
         for row, (name, (_, found)) in enumerate(zip(names, table.iterrows())):
             face = palette[name] if found.low > 0 or found.high < 0 else "white"
             ax.plot([found.low, found.high], [row, row], color=palette[name], lw=1.6)
             ax.plot(found.difference, row, "o", ms=5, mfc=face, mec=palette[name], mew=1.3)
-        labels = [f"{name}, {row[-1]}" for name, row in zip(names, table.index)]
         ax.set(yticks=range(len(table)), yticklabels=labels, ylim=(len(table) - .5, -.5))
         name = table.attrs.get("baseline", "the baseline").replace("`", "")
         known = "filled: interval without 0" if table["low"].notna().any() else "no intervals"
