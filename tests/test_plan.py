@@ -350,3 +350,9 @@ def test_without_agreement_to_the_licence_nothing_is_fetched(tmp_path, name, lic
     code, printed, errors = gnu_make(tmp_path, name)
     assert code == 2 and f"is under {licence}" in errors and "with make: ACCEPT_LICENCE=1" in printed
     assert not list(tmp_path.iterdir())
+
+def test_our_own_plan_is_a_plan():
+    "And it keeps no pictures of images that must not be shown."
+    entries = read_plan(ROOT/"results"/"plan.yaml")
+    assert len(entries) > 20
+    assert not [entry.out for entry in entries if entry.needs and "real" in entry.needs and entry.pictures]
