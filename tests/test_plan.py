@@ -292,7 +292,8 @@ def test_a_plan_that_is_killed_goes_on(tmp_path):
     assert all(file.stat().st_mtime_ns == time_of for file, time_of in before.items())
     for file in records_in(tmp_path): assert find_damage(file.parent) is None
     records = [json.loads(file.read_text()) for file in records_in(tmp_path)]
-    assert len({(record["id"], record["provenance"]["finished"]) for record in records}) == 3     # one is a copy
+    made = {(record["id"], record["provenance"]["finished"]) for record in records}
+    assert len(made) == 3      # of four records one is a copy
 
 @pytest.mark.slow
 def test_the_pages_of_a_plan(shell, tmp_path):
@@ -336,7 +337,8 @@ def test_make_results_links_the_real_images_and_makes_the_plan(tmp_path):
 
 SMALL_FLAGS = "-p weights=random -p backbone=resnet18 -p size=64 -p detector=patchcore --out out"
 
-@pytest.mark.parametrize("name, tree", [("mvtec", mvtec), pytest.param("visa", visa, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name, tree", [
+    ("mvtec", mvtec), pytest.param("visa", visa, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flags", ["--plain", pytest.param("", marks=pytest.mark.slow)])
 def test_make_mvtec_and_make_visa_sweep_a_folder_in_that_layout(tmp_path, name, tree, flags):
     tree(tmp_path/"tree")
