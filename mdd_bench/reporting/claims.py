@@ -29,7 +29,6 @@ class Claim:
     against: dict           # settings of those that they are compared with
     shared: dict = field(default_factory=dict)    # settings of both
     at_least: float = 0.    # the gain that is claimed, in points (of bytes: percent); below 0: a loss allowed
-    classes: tuple | None = None                  # names; None: all of the records
     from_others: bool = False   # judge each class by the records of `arm` that have labels of other classes
 
     @property
@@ -121,8 +120,8 @@ def mean_of_others(
 # %% ../../nbs/reporting/65_claims.ipynb #43d19208
 def _points_gained(arm, against, claim):
     "Gain and interval in points; nan ends where the records kept no replicates."
-    try: found = effect(arm, against, claim.metric, claim.classes)
-    except StoreError: found = effect(arm, against, claim.metric, claim.classes, interval=False)
+    try: found = effect(arm, against, claim.metric)
+    except StoreError: found = effect(arm, against, claim.metric, interval=False)
     if "FPR" in claim.metric: return -found.difference, -found.high, -found.low
     return found.difference, found.low, found.high
 
