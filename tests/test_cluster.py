@@ -1,10 +1,10 @@
 "Sweeps on a Dask cluster of worker processes: who makes what, and what happens when one of them is killed."
-import os, signal, socket, subprocess, sys, threading, time
+import json, os, re, signal, socket, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
-from conftest import sweep_flags
+from conftest import ROOT, sweep_flags
 import stub_runs
 from mdd_bench.errors import SpecError, StoreError
 from mdd_bench.running import cluster
@@ -219,3 +219,22 @@ def test_without_distributed_it_says_so(monkeypatch):
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SpecError, match="distributed is not installed.*--plain"):
         with dask_here([{}]): pass
+
+def test_the_slurm_script_of_the_lesson_makes_real_runs(tmp_path, monkeypatch):
+    "With Dask's own processes in place of SLURM's jobs, and smaller runs."
+    distributed = pytest.importorskip("distributed")
+    class SLURMCluster(distributed.LocalCluster):
+        def __init__(self, cores, memory, walltime, job_extra_directives):
+            super().__init__(n_workers=0, threads_per_worker=cores, memory_limit=0, dashboard_address=None)
+        def scale(self, n=0, jobs=0): super().scale(2 if jobs else n)     # closing scales to none
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", SimpleNamespace(SLURMCluster=SLURMCluster))
+    monkeypatch.chdir(tmp_path)
+    lesson = json.loads((ROOT/"nbs"/"running"/"59_sweep.ipynb").read_text(encoding="utf-8"))
+    code, = re.findall(r"```python\n(.*?)```", "".join(lesson["cells"][-1]["source"]), re.DOTALL)
+    small = 'data="embedded-v1-smoke", weights="lite0", size=64, detector="patchcore", seed="0,1"'
+    changed = code.replace('data="mydata", weights="pretrained", seed="0,1,2"', small)
+    assert changed != code
+    variables = {}
+    exec(changed, variables)
+    assert len(variables["swept"].records) == 2 and variables["swept"].failures == []
+    assert len(list((tmp_path/"results"/"mine"/"benchmark"/"runs").glob("*/run.ipynb"))) == 2
