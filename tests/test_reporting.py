@@ -13,9 +13,9 @@ from mdd_bench.errors import DataError, SpecError, StoreError
 from mdd_bench.reporting.arms import arms, comparable, settings
 from mdd_bench.reporting.captions import cost_caption, how_it_was_made
 from mdd_bench.reporting.formats import marks
-from mdd_bench.reporting.plots import (bars, chosen_samples, colours, curve, heatmap_grid, loss_curves,
-                                       misjudged, save, shared_scale, spread_over_classes, transfer_map,
-                                       worst_grid)
+from mdd_bench.reporting.heatmaps import (chosen_samples, heatmap_grid, misjudged, shared_scale,
+                                          spread_over_classes, worst_grid)
+from mdd_bench.reporting.plots import bars, colours, curve, loss_curves, save, transfer_map
 from mdd_bench.reporting.tables import (TABLE_METRICS, caption, costs, page, per_class, scores_frame,
                                         seen_and_unseen, summary, to_markdown, transfer, write_table)
 

@@ -21,7 +21,8 @@ from .arms import SEEDS, arms, distinctions, scores_of, settings
 from .captions import caption
 from .formats import to_markdown, turned
 from .origins import with_records
-from .plots import bars, heatmap_grid, loss_curves, save, worst_grid
+from .heatmaps import heatmap_grid, worst_grid
+from .plots import bars, loss_curves, save
 from .tables import TABLE_METRICS, costs, page, per_class, summary
 from .web import Grid, Heading, Picture, no_links, read_frame, read_markdown
 from ..running.store import RecordFolders, read_record
