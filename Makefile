@@ -21,7 +21,7 @@ results: .venv/.demo
 
 # Our numbers beside published ones: the backbone of RD4AD and PatchCore, 256 pixels, whole recipes; hours on a GPU. MVTEC or VISA names the folder
 # of the data. Without it they are fetched, once their licence is agreed to (ACCEPT_LICENCE=1). FLAGS are further flags of the sweep, e.g. "-p seed=0,1,2".
-PUBLISHED := -p detector=patchcore,rd4ad,simplenet,mddnet -p weights=pretrained -p backbone=wide_resnet50_2.tv_in1k \
+PUBLISHED := -p detector=patchcore,rd4ad,simplenet,mddnet -p weights=pretrained \
 	-p size=256 -p epochs=none -p seed=0 -p protocols=exact,ader
 fetch = mdd_bench download $(1) $(if $(ACCEPT_LICENCE),--accept-licence,|| { echo 'with make: ACCEPT_LICENCE=1'; exit 1; })
 mvtec: .venv/.demo

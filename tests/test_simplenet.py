@@ -228,7 +228,7 @@ def test_the_recipe():
     cls = simplenet.SimpleNet
     r = cls.recipe
     assert (r.epochs, r.batch, r.drops, r.clip) == (100, 32, (.8,), None)
-    assert (r.strides, r.backbone) == ((8, 16), "wide_resnet50_2")
+    assert (r.strides, r.backbone) == ((8, 16), "wide_resnet50_2.tv_in1k")
     assert full_options("simplenet", {}) == dict(noise=.3, margin=.5, hidden=1024)
     assert cls.needs == frozenset()
     for hook in ("on_epoch", "finish"):

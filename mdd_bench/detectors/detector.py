@@ -43,7 +43,7 @@ class Recipe:
     warmup: float = 0.                    # fraction of the training in which lr rises from 0
     cosine: bool = False                  # after the warm-up, lr falls to 0 along half a cosine as well
     clip: float | None = None             # largest gradient norm
-    backbone: str = "wide_resnet50_2"     # a timm model
+    backbone: str = "wide_resnet50_2.tv_in1k"   # a timm model; torchvision's weights, as in RD4AD's code
     strides: tuple = (4, 8, 16)           # of the feature levels: pixels of the image for one position
 
 # %% ../../nbs/detectors/20_detector.ipynb #790b2111

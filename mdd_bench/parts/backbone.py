@@ -295,9 +295,9 @@ def check_levels(backbone):
 class Backbone(nn.Module):
     "A frozen pyramid: images [B,3,H,W] in [0,1] become one float32 feature [B,C_i,H/s_i,W/s_i] per level."
     def __init__(self,
-        name: str = "wide_resnet50_2",  # a timm model
-        weights: str = "pretrained",    # pretrained | lite0 | procedural | random | a file
-        layers: list[int] = None,       # indices of the levels; None: strides 4, 8, 16
+        name: str = "wide_resnet50_2.tv_in1k",  # a timm model; after the dot, which of its weights
+        weights: str = "pretrained",            # pretrained | lite0 | procedural | random | a file
+        layers: list[int] = None,               # indices of the levels; None: strides 4, 8, 16
     ):
         super().__init__()
         all_strides = level_strides(name)

@@ -73,9 +73,13 @@ def _and(values):
     *others, last = map(str, values)
     return f"{', '.join(others)} and {last}" if others else last
 
+def _network(backbone):
+    "What people call a network; None for those that we do not list. timm names its weights after a dot."
+    return NETWORKS.get(backbone.partition(".")[0])
+
 def _levels(backbone, layers):
     "The levels of a network as strides where its name tells them."
-    name, values = ("stride", [2**(i + 1) for i in layers]) if backbone in NETWORKS else ("level", layers)
+    name, values = ("stride", [2**(i + 1) for i in layers]) if _network(backbone) else ("level", layers)
     return f"{name}{'s' if len(values) > 1 else ''} {_and(values)}"
 
 def _features(records, by):
@@ -84,7 +88,7 @@ def _features(records, by):
     backbone, weights, size = (common.get(name) for name in ("backbone", "weights", "size"))
     words = []
     if backbone:
-        words += [NETWORKS.get(backbone, f"`{backbone}`"), "features"]
+        words += [_network(backbone) or f"`{backbone}`", "features"]
         if common.get("layers"): words.append(f"of {_levels(backbone, common['layers'])}")
         if weights not in (None, "pretrained", "lite0", "random"): words.append(f"(weights `{weights}`)")
     if size:
