@@ -78,6 +78,14 @@ def test_records_are_found_by_settings_and_count_once():
     with pytest.raises(SpecError, match="detektor"): matching(records, dict(detektor="y"))
 
 
+def test_copies_that_differ_are_refused(tmp_path):
+    here, there = (replace(record("x", 0, [1, 2, value]), folder=tmp_path/str(value)) for value in (3, 4))
+    with pytest.raises(StoreError, match=r"x-0 has other numbers in .*3 than in .*4"):
+        matching([here, there], dict(detector="x"))
+    undefined = [record("x", 0, [1, 2, float("nan")]) for _ in range(2)]
+    assert len(matching(undefined, dict(detector="x"))) == 1
+
+
 @pytest.mark.parametrize("gain, at_least, expected", [
     (3, 0, "held"), (3, 2, "held"), (3, 4, "not held"), (0, 0, "not decidable"), (-2, 0, "not held"),
     (-.2, -1, "held"), (-3, -1, "not held")])
@@ -101,22 +109,22 @@ def test_fewer_false_positives_are_a_gain():
 def test_without_replicates_there_is_a_gain_and_no_verdict():
     records = [replace(record(name, 0, [gain]*3), drawn=None) for name, gain in (("x", 50), ("y", 53))]
     table = ledger([Claim(**GOOD)], records)
-    assert table.iloc[0].gain == pytest.approx(3) and table.iloc[0].verdict == "not decidable"
-    assert "+3.0, no interval" in ledger_markdown(table)
+    assert table.iloc[0].gain == pytest.approx(3) and table.iloc[0].verdict == "no interval"
+    assert "| **no interval** | +3.0 |" in ledger_markdown(table)
     with pytest.raises(SpecError, match="no claim has an interval"): draw_ledger(table)
 
 
 def test_what_was_not_run_is_not_measured():
     table = ledger([Claim(**GOOD)], [record("x", 0, [1, 2, 3])])
     assert table.iloc[0].verdict == "not measured"
-    assert "| **not measured** | - | any gain | mAD | - |" in ledger_markdown(table)
+    assert "| **not measured** | - | mAD | any gain | - |" in ledger_markdown(table)
 
 
 def test_bytes_are_percent_saved():
-    records = [record("x", 0, [1]*3, size=200), record("y", 0, [1]*3, size=50)]
+    records = [record("x", 0, [1]*3, size=200*2**20), record("y", 0, [1]*3, size=50*2**20)]
     row = ledger([Claim(**GOOD | dict(metric="bytes"))], records).iloc[0]
     assert row.gain == row.low == row.high == 75 and row.verdict == "held"
-    assert "| +75.0% |" in ledger_markdown(row.to_frame().T)
+    assert "| 50.0 MB against 200.0 MB |" in ledger_markdown(row.to_frame().T)
 
 
 def test_an_arm_that_mixes_settings_is_refused():

@@ -72,18 +72,29 @@ def read_claims(
 # %% ../../nbs/reporting/65_claims.ipynb #af895d5a
 def _keeps_replicates(record): return bool(record.folder) and (record.folder/"replicates.npz").is_file()
 
+def _once(records):
+    "Of several copies of a record the last; `StoreError` where they differ."
+    once = {}
+    for record in records:
+        copy = once.setdefault(record.id, record)
+        if str(copy.metrics) != str(record.metrics):     # as text, in which nan equals nan
+            problem = f"record {record.id} has other numbers in {copy.folder} than in {record.folder}"
+            raise StoreError(problem, "Keep the one that was made with those it is compared with")
+        once[record.id] = record
+    return list(once.values())
+
 def matching(
     records,       # Records, of whatever studies
     wanted: dict,  # {setting: value}
 ) -> list:         # the Records that have all these settings, each id once
-    "The records with some settings; `SpecError` for a setting that none of the records has."
+    """The records with some settings; `SpecError` for a setting that none of the records has, `StoreError`
+    for copies that differ."""
     flat = {record.id: settings(record) for record in records}
     known = sorted({name for of_record in flat.values() for name in of_record})
     for name in wanted:
         if name not in known: raise unknown("setting of a record", name, known)
-    once = {record.id: record for record in sorted(records, key=_keeps_replicates)}
-    return [record for id, record in once.items()
-            if all(name in flat[id] and flat[id][name] == value for name, value in wanted.items())]
+    def fits(record): return wanted.items() <= flat[record.id].items()
+    return _once([record for record in sorted(records, key=_keeps_replicates) if fits(record)])
 
 # %% ../../nbs/reporting/65_claims.ipynb #744c77bb
 def _mean_of_others(records, results):
@@ -125,23 +136,28 @@ def _points_gained(arm, against, claim):
     if "FPR" in claim.metric: return -found.difference, -found.high, -found.low
     return found.difference, found.low, found.high
 
+def _megabytes(records):
+    "What each of the records keeps for the test."
+    return [record.cost["bytes_test_without_backbone"]/2**20 for record in records]
+
 def _percent_saved(arm, against):
     "How much less is kept for the test, in percent: the mean over seeds, and both ends."
-    reference = np.mean([record.cost["bytes_test_without_backbone"] for record in against])
-    saved = [100*(1 - record.cost["bytes_test_without_backbone"]/reference) for record in arm]
-    return float(np.mean(saved)), float(min(saved)), float(max(saved))
+    saved = 100*(1 - np.array(_megabytes(arm))/np.mean(_megabytes(against)))
+    return float(saved.mean()), float(saved.min()), float(saved.max())
 
 def verdict(
     low: float,       # end of the interval of the gain; nan without an interval
     high: float,      # the other end
     at_least: float,  # what is claimed
 ) -> str:
-    "Whether an interval lies above what is claimed, below it, or across."
+    "Whether an interval lies above what is claimed, below it, or across; without one, there is no verdict."
+    if np.isnan(low): return "no interval"
     if low > at_least: return "held"
     return "not held" if high < at_least else "not decidable"
 
 # %% ../../nbs/reporting/65_claims.ipynb #9b0b7abf
-LEDGER = ["source", "metric", "asked", "gain", "low", "high", "seeds", "verdict", "records", "against"]
+LEDGER = ["source", "metric", "asked", "gain", "low", "high", "sizes", "seeds", "verdict", "records",
+          "against"]
 
 def _row(claim, records):
     "What the ledger says of a claim."
@@ -153,6 +169,8 @@ def _row(claim, records):
     gained = _percent_saved(arm, against) if claim.metric == "bytes" else _points_gained(arm, against, claim)
     ids = [" ".join(record.id for record in part) for part in (arm, against)]
     row |= dict(zip(("gain", "low", "high"), gained), seeds=min(len(arm), len(against)))
+    if claim.metric == "bytes":
+        row["sizes"] = " against ".join(f"{np.mean(_megabytes(part)):.1f} MB" for part in (arm, against))
     return row | dict(verdict=verdict(*gained[1:], claim.at_least), records=ids[0], against=ids[1])
 
 def ledger(
@@ -169,20 +187,18 @@ def ledger(
 def _interval(row):
     "Gain and interval as text."
     if pd.isna(row.gain): return "-"
-    unit = "%" if row.metric == "bytes" else ""
-    if pd.isna(row.low): return f"{row.gain:+.1f}{unit}, no interval"
-    if row.low == row.high: return f"{row.gain:+.1f}{unit}"
-    return f"{row.gain:+.1f}{unit} ({row.low:+.1f} to {row.high:+.1f})"
+    if row.metric == "bytes": return row.sizes
+    return f"{row.gain:+.1f}" + ("" if pd.isna(row.low) else f" ({row.low:+.1f} to {row.high:+.1f})")
 
 def ledger_markdown(
     table: pd.DataFrame,  # of `ledger`
 ) -> str:
-    "The ledger as a Markdown table: the claim, what was asked, the gain with its 95% interval, the verdict."
-    lines = ["| claim | verdict | gain (95% interval) | asked | metric | seeds | source |",
+    "The ledger as a Markdown table: the claim, the verdict, the gain with its 95% interval, what was asked."
+    lines = ["| claim | verdict | gain (95% interval) | metric | asked | seeds | source |",
              "| :--- | :--- | :--- | :--- | :--- | ---: | :--- |"]
     for name, row in table.iterrows():
         seeds = "-" if pd.isna(row.seeds) else int(row.seeds)
-        words = (name, f"**{row.verdict}**", _interval(row), row.asked, row.metric, seeds, row.source)
+        words = (name, f"**{row.verdict}**", _interval(row), row.metric, row.asked, seeds, row.source)
         lines.append("| " + " | ".join(str(word).replace("|", r"\|") for word in words) + " |")
     return "\n".join(lines)
 

@@ -215,12 +215,13 @@ def printed_effects(
     table: pd.DataFrame,      # of `effects`
     margin: float|None=None,  # in points, chosen before the numbers are seen
 ) -> pd.DataFrame:            # of texts
-    "The table as a page shows it."
-    rows = []
+    "The table as a page shows it; without the columns on p where the caption says that none can decide."
+    decidable, rows = table["can decide"].any(), []
     for _, row in table.iterrows():
         texts = {"difference": _points(row["difference"])}
         if np.isfinite(row["low"]): texts |= _interval_in_words(row, margin)
-        texts |= {"Holm p": _p_in_words(row), "smallest attainable": f"{row['smallest Holm p']:.2g}"}
+        if decidable:
+            texts |= {"Holm p": _p_in_words(row), "smallest attainable": f"{row['smallest Holm p']:.2g}"}
         rows.append(texts)
     printed = pd.DataFrame(rows, table.index)
     printed.attrs = table.attrs
