@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 import matplotlib
 matplotlib.use("Agg")
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
@@ -149,3 +150,15 @@ def test_other_classes_are_judged_by_the_runs_without_their_labels():
 def test_our_own_claims_are_claims():
     claims = read_claims(ROOT/"results"/"real"/"claims.yaml")
     assert len({claim.claim for claim in claims}) == len(claims) > 15
+
+
+def test_an_arm_of_different_classes_is_refused():
+    "Else the comparison would be left with those that happen to have the same test."
+    records = [record("x", 0, [1]*3), record("y", 0, [1]*3), record("y", 1, [1]*3, classes=["a"])]
+    with pytest.raises(SpecError, match="'more is more' has records of different classes, such as"):
+        ledger([Claim(**GOOD)], records)
+
+
+def test_an_end_at_zero_shows_its_sign():
+    row = dict(verdict="held", gain=.44, low=.021, high=.86, metric="mAD", asked="", seeds=2, source="x")
+    assert "| +0.4 (+0.02 to +0.9) |" in ledger_markdown(pd.DataFrame([row], index=["small"]))

@@ -159,9 +159,18 @@ def verdict(
 LEDGER = ["source", "metric", "asked", "gain", "low", "high", "sizes", "seeds", "verdict", "records",
           "against"]
 
+def _check_classes(claim, records):
+    "Raise `SpecError` for records of different classes: only some of them could be compared."
+    known = {str(record.spec.get("classes")): record.id for record in records}
+    if len(known) > 1:
+        ids = " and ".join(known.values())
+        raise SpecError(f"claim {claim!r} has records of different classes, such as {ids}",
+                        "Give `shared` the classes, all of them")
+
 def _row(claim, records):
     "What the ledger says of a claim."
     arm, against = (matching(records, claim.shared | part) for part in (claim.arm, claim.against))
+    _check_classes(claim.claim, [*arm, *against])
     if arm and claim.from_others: arm = mean_of_others(arm)
     arm, against = with_same_test(arm, against)
     row = dict(claim=claim.claim, source=claim.source, metric=claim.metric, asked=claim.asks)
@@ -184,11 +193,17 @@ def ledger(
     return rows.set_index("claim").reindex(columns=LEDGER)
 
 # %% ../../nbs/reporting/65_claims.ipynb #e608d167
+def _signed(value):
+    "Points with a sign; two decimals where one would say 0.0, since the sign decides."
+    text = f"{value:+.1f}"
+    return text if float(text) else f"{value:+.2f}"
+
 def _interval(row):
     "Gain and interval as text."
     if pd.isna(row.gain): return "-"
     if row.metric == "bytes": return row.sizes
-    return f"{row.gain:+.1f}" + ("" if pd.isna(row.low) else f" ({row.low:+.1f} to {row.high:+.1f})")
+    gain, low, high = map(_signed, (row.gain, row.low, row.high))
+    return gain if pd.isna(row.low) else f"{gain} ({low} to {high})"
 
 def ledger_markdown(
     table: pd.DataFrame,  # of `ledger`

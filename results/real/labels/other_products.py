@@ -32,8 +32,8 @@ def cell(values):
 rows = pd.DataFrame(arm_of(record) | means_of(record) for record in load_records(HERE))
 columns = ["all seven: mAD", *METRICS]
 lines = [
-    f"Means over all seven products, then over {', '.join(PRODUCTS)}; percent, mean and deviation over seeds. All rows "
-    "have the same test images. DMAD was trained for 880 steps. Written by `python other_products.py`.", "",
+    f"Means over all seven products, then over {', '.join(PRODUCTS)}; percent, mean and deviation over seeds. The rows "
+    "have the same test images for each seed. DMAD was trained for 880 steps. Written by `python other_products.py`.", "",
     f"| features | detector | labelled | seeds | {' | '.join(columns)} |", "| :--- | :--- | ---: | ---: |" + " ---: |"*len(columns),
 ]
 for (features, detector, labelled), of_arm in rows.groupby(["features", "detector", "labelled"], sort=True):
