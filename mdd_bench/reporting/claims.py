@@ -155,10 +155,7 @@ def verdict(
     if low > at_least: return "held"
     return "not held" if high < at_least else "not decidable"
 
-# %% ../../nbs/reporting/65_claims.ipynb #9b0b7abf
-LEDGER = ["source", "metric", "asked", "gain", "low", "high", "sizes", "seeds", "verdict", "records",
-          "against"]
-
+# %% ../../nbs/reporting/65_claims.ipynb #98e9b6a2
 def _check_classes(claim, records):
     "Raise `SpecError` for records of different classes: only some of them could be compared."
     known = {str(record.spec.get("classes")): record.id for record in records}
@@ -166,6 +163,10 @@ def _check_classes(claim, records):
         ids = " and ".join(known.values())
         raise SpecError(f"claim {claim!r} has records of different classes, such as {ids}",
                         "Give `shared` the classes, all of them")
+
+# %% ../../nbs/reporting/65_claims.ipynb #9b0b7abf
+LEDGER = ["source", "metric", "asked", "gain", "low", "high", "sizes", "seeds", "verdict", "records",
+          "against"]
 
 def _row(claim, records):
     "What the ledger says of a claim."
