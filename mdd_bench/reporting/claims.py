@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.lines import Line2D
 from ..errors import SpecError, StoreError, unknown
 from .arms import settings
 from .effects import draw_effects
+from .plots import colours, style
 from .statistics import check_same_test, effect, with_same_test
 from ..running.store import Record
 
@@ -228,4 +230,9 @@ def draw_ledger(
         raise SpecError("no claim has an interval", "Run what is missing, and keep replicates.npz")
     named = measured.rename(columns={"gain": "difference"}).set_index("metric", append=True)
     named.attrs["baseline"] = "the other arm"
-    return draw_effects(named.rename_axis(["arm", "metric"]))
+    of_verdict = colours(["held", "not held", "not decidable"])
+    palette = {name: of_verdict[row.verdict] for name, row in measured.iterrows()}
+    figure = draw_effects(named.rename_axis(["arm", "metric"]), palette=palette)
+    marks = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in of_verdict.items()]
+    with style(): figure.legend(handles=marks, loc="outside upper right", ncols=len(marks))
+    return figure
