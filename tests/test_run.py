@@ -93,6 +93,15 @@ def test_a_record_is_strict_json(made):
     text = (made.record.folder/"record.json").read_text()
     json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
 
+def test_a_record_is_a_line_for_each_part_with_metrics_to_a_millionth(made):
+    text = (made.record.folder/"record.json").read_text()
+    assert [line.split('"')[1] for line in text.splitlines()[1:-1]] == [
+        "id", "spec", "metrics", "cost", "provenance"]
+    metrics = made.record.metrics["exact"]
+    assert json.loads(text)["metrics"]["exact"]["mean"] == metrics["mean"]
+    values = [value for of in metrics["per_class"].values() for value in of.values()]
+    assert len(values) and all(value == round(value, 6) for value in values)
+
 def test_a_record_holds_every_metric(made):
     "Of each class and each kind of defect; the mean is the mean over classes."
     metrics = made.record.metrics["exact"]
