@@ -1,11 +1,14 @@
 "The efficiency study: every cost is measured, in a process of its own, and once."
 import importlib, json, subprocess, sys
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import SMALL
 from torch import nn
 from mdd_bench.data.catalog import cache_dir
 from mdd_bench.errors import SpecError
+from mdd_bench.running.run import run
+from mdd_bench.running.spec import make_spec
 from mdd_bench.running.store import Store
 from mdd_bench.running.study import load_study, study_path
 from mdd_bench.running.sweep import execute_study, sweep
@@ -64,6 +67,21 @@ def test_a_point_is_measured_once(tmp_path):
     table, md = pd.read_csv(out/"efficiency.csv"), (out/"efficiency.md").read_text()
     assert table.cold_s.tolist() == [1234.] and table.operations.min() > 0
     assert "Pareto front, from fast to good: patchcore (lite0)." in md and str(tmp_path) not in md
+
+@pytest.mark.slow
+def test_accuracy_can_be_that_of_whole_trainings(tmp_path):
+    "The longest of them where none has converged; a point without any has no mAD."
+    spec = {name: SMOKE[name] for name in ("data", "classes", "size", "weights")} | dict(detector="rd4ad")
+    short, longer = (run(make_spec(**spec, epochs=epochs), tmp_path/"whole") for epochs in (2, 3))
+    chosen = dict(detector="patchcore,rd4ad", scores=str(tmp_path/"whole"))
+    execute_study(load_study("efficiency", **SMOKE, **chosen), tmp_path/"out")
+    table = pd.read_csv(tmp_path/"out"/"efficiency.csv").set_index("detector")
+    assert short.metrics["exact"]["mean"]["mAD"] != longer.metrics["exact"]["mean"]["mAD"]
+    assert table.mAD["rd4ad"] == pytest.approx(longer.metrics["exact"]["mean"]["mAD"])
+    assert np.isnan(table.mAD["patchcore"]) and table.seeds.to_dict() == dict(patchcore=0, rd4ad=1)
+    study = load_study("efficiency", **SMOKE, **chosen | dict(detector="patchcore"))
+    with pytest.raises(SpecError, match="no record there is of these detectors"):
+        execute_study(study, tmp_path/"none")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong, message", [
