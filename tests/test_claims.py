@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from mdd_bench.errors import SpecError, StoreError
 from mdd_bench.reporting.claims import (Claim, draw_ledger, ledger, ledger_markdown, matching, mean_of_others,
-                                        read_claims)
+                                        read_claims, verdict)
 from mdd_bench.running.store import Record
 
 CLASSES = ("a", "b", "c")
@@ -61,7 +61,10 @@ def test_a_file_says_what_a_claim_is(tmp_path):
 
 @pytest.mark.parametrize("content, named", [
     ("", "holds no list"), ("claim: x", "holds no list"), ("- x", "claim 1"), ("- [", "cannot be read"),
-    ([GOOD | dict(metrics="mAD")], "metrics"), ([HALF], "against"), ([GOOD | dict(arm="y")], "`arm`")])
+    ([GOOD | dict(metrics="mAD")], "metrics"), ([HALF], "against"), ([GOOD | dict(arm="y")], "`arm`"),
+    ([GOOD | dict(at_least="four")], "`at_least`"), ([GOOD | dict(at_least=None)], "`at_least`"),
+    ([GOOD | dict(metric=["mAD", "P-AP"])], "`metric`"), ([GOOD | dict(claim="")], "`claim`"),
+    ([GOOD | dict(from_others="no")], "true or false"), ([GOOD | dict(classes="a")], "a list of names")])
 def test_a_file_that_holds_no_claims_is_named(tmp_path, content, named):
     file = written(tmp_path, content)
     with pytest.raises(SpecError, match="claims.yaml") as e: read_claims(file)
@@ -85,6 +88,15 @@ def test_copies_that_differ_are_refused(tmp_path):
         matching([here, there], dict(detector="x"))
     undefined = [record("x", 0, [1, 2, float("nan")]) for _ in range(2)]
     assert len(matching(undefined, dict(detector="x"))) == 1
+
+
+def test_copies_may_have_more_protocols():
+    "What both have counts; copies without a protocol in common say nothing of each other."
+    once, twice = record("x", 0, [1, 2, 3]), record("x", 0, [1, 2, 3])
+    twice.metrics["ader"] = dict(per_class={"a": dict(mAD=.5)})
+    assert len(matching([once, twice], dict(detector="x"))) == 1
+    other = replace(once, metrics=dict(ader=twice.metrics["ader"]))
+    with pytest.raises(StoreError, match="other numbers"): matching([once, other], dict(detector="x"))
 
 
 @pytest.mark.parametrize("gain, at_least, expected", [
@@ -134,7 +146,7 @@ def test_an_arm_that_mixes_settings_is_refused():
 
 
 def test_other_classes_are_judged_by_the_runs_without_their_labels():
-    runs = [record("y", s, values, label_classes=[cls]) for s in (0, 1)
+    runs = [record("y", s, values, label_classes=cls) for s in (0, 1)
             for cls, values in zip(CLASSES, ([90, 10, 20], [30, 90, 40], [50, 60, 90]))]
     merged = mean_of_others(runs)
     assert [r.spec["seed"] for r in merged] == [0, 1]
@@ -147,6 +159,44 @@ def test_other_classes_are_judged_by_the_runs_without_their_labels():
     assert row.gain == pytest.approx(5) and row.seeds == 2 and len(row.records.split()) == 6
 
 
+def test_a_class_whose_name_is_in_another_is_another_class():
+    values_of = {"aa": [1, 2, 3], "a+b": [4, 5, 6]}
+    runs = [record("y", 0, values, label_classes=labels) for labels, values in values_of.items()]
+    values = mean_of_others(runs)[0].metrics["exact"]["per_class"]
+    assert values["a"]["mAD"] == pytest.approx(.01) and values["c"]["mAD"] == pytest.approx(.045)
+    unlabelled = [record("y", 0, [1, 2, 3])]
+    with pytest.raises(SpecError, match="y-0 has no label_classes"): mean_of_others(unlabelled)
+
+
+def test_a_claim_may_be_judged_by_some_classes():
+    values_of = {"x": [1, 2, 3], "y": [11, 2, 3]}
+    records = [record(name, s, values) for name, values in values_of.items() for s in (0, 1)]
+    def gain(names): return ledger([Claim(**GOOD, classes=names)], records).iloc[0].gain
+    assert [gain(names) for names in ([], ["a"], ["b", "c"])] == pytest.approx([10/3, 10, 0])
+    with pytest.raises(SpecError, match="claim 'more is more': unknown class"): gain(["d"])
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(metric="mad"), "claim 'more is more': unknown metric 'mad'"),
+    (dict(arm=dict(detektor="y")), "claim 'more is more': unknown setting")])
+def test_errors_name_the_claim(wrong, message):
+    records = [record(name, 0, [1, 2, 3]) for name in "xy"]
+    with pytest.raises(SpecError, match=message): ledger([Claim(**GOOD | wrong)], records)
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (.02, .9, "not decidable"), (.05, .9, "held"), (-2, -.05, "not decidable"), (-2, -.2, "not held")])
+def test_an_end_is_known_to_a_twentieth_of_the_width(low, high, expected):
+    assert verdict(low, high, 0) == expected
+
+
+def test_the_picture_shows_what_is_asked():
+    records = [record(name, s, [50 + gain + s/10]*3) for name, gain in (("x", 0), ("y", 3)) for s in (0, 1)]
+    table = ledger([Claim(**GOOD), Claim(**GOOD | dict(claim="much more", at_least=4))], records)
+    bars = [line for line in draw_ledger(table).axes[0].lines if line.get_marker() == "|"]
+    assert [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in bars] == [([4.], [1])]
+
+
 def test_our_own_claims_are_claims():
     claims = read_claims(ROOT/"results"/"real"/"claims.yaml")
     assert len({claim.claim for claim in claims}) == len(claims) > 15
@@ -155,7 +205,7 @@ def test_our_own_claims_are_claims():
 def test_an_arm_of_different_classes_is_refused():
     "Else the comparison would be left with those that happen to have the same test."
     records = [record("x", 0, [1]*3), record("y", 0, [1]*3), record("y", 1, [1]*3, classes=["a"])]
-    with pytest.raises(SpecError, match="'more is more' has records of different classes, such as"):
+    with pytest.raises(SpecError, match="'more is more': records of different classes, such as"):
         ledger([Claim(**GOOD)], records)
 
 

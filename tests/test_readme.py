@@ -55,6 +55,8 @@ def stated():
     real = load_records(RESULTS/"real"/"benchmark")[0]
     effects = pd.read_csv(RESULTS/"real"/"benchmark"/"benchmark_effects.csv")
     of_mddnet = effects[(effects["detector"] == "mddnet") & (effects["metric"] == "mAD")].iloc[0]
+    claims = pd.read_csv(RESULTS/"real"/"claims"/"claims.csv")
+    standardised = claims[claims["claim"].str.contains("levels of RD4AD are standardised as well")].iloc[0]
     converged = [cell("real/lengths/lengths.md", name, "converged") for name in ("rd4ad", "mddnet")]
     bgad = next(r for r in load_records(RESULTS/"real"/"benchmark") if r.spec["detector"] == "bgad")
     of_labels = load_records(RESULTS/"real"/"labels")
@@ -64,7 +66,8 @@ def stated():
     return [
         f"at {real.spec['size']} pixels",
         f"+{of_mddnet['difference']:.1f} points of mAD ({of_mddnet['low']:.1f} to {of_mddnet['high']:.1f})",
-        f"BGAD for {bgad.spec['steps']} steps",
+        f"+{standardised['gain']:.1f} ({standardised['low']:.1f} to {standardised['high']:.1f}) if",
+        f"a plain flow, for {bgad.spec['steps']} steps",
         f"DMAD with {first}, {', '.join(map(str, others))} and {last} labelled anomalies of each class",
         f"after {epochs} epochs of {steps*demo.spec['batch']//epochs} images",
         f"here {steps} of [{' and '.join(converged)}](results/real/lengths/lengths.md)",

@@ -145,7 +145,8 @@ def cost_caption(
     medians = f", medians over {_repetitions(records, by, plain=True)}" if repeated else ""
     machines = list(dict.fromkeys(measured_on(record) for record in records))
     where = machines[0] if len(machines) == 1 else "several machines, whose times cannot be compared"
-    return " ".join([f"{what} when they were made{medians}, on {where}.", *_features(records, by)])
+    shares = "Times of runs that were made side by side say little; sizes are exact."
+    return " ".join([f"{what} when they were made{medians}, on {where}.", shares, *_features(records, by)])
 
 # %% ../../nbs/reporting/60c_captions.ipynb #79a44d05
 def _length(record):
