@@ -62,6 +62,7 @@ def test_a_file_says_what_a_claim_is(tmp_path):
 @pytest.mark.parametrize("content, named", [
     ("", "holds no list"), ("claim: x", "holds no list"), ("- x", "claim 1"), ("- [", "cannot be read"),
     ([GOOD | dict(metrics="mAD")], "metrics"), ([HALF], "against"), ([GOOD | dict(arm="y")], "`arm`"),
+    ([GOOD, GOOD | dict(metric="P-AP")], "2 claims in"),
     ([GOOD | dict(at_least="four")], "`at_least`"), ([GOOD | dict(at_least=None)], "`at_least`"),
     ([GOOD | dict(metric=["mAD", "P-AP"])], "`metric`"), ([GOOD | dict(claim="")], "`claim`"),
     ([GOOD | dict(from_others="no")], "true or false"), ([GOOD | dict(classes="a")], "a list of names")])

@@ -7,6 +7,7 @@ __all__ = ['KEYS', 'NEEDED', 'TYPES', 'KINDS', 'LEDGER', 'Claim', 'read_claims',
            'verdict', 'ledger', 'ledger_markdown', 'draw_ledger']
 
 # %% ../../nbs/reporting/65_claims.ipynb #f553ea34
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -69,6 +70,7 @@ def _claim(file, number, written):
             raise SpecError(f"`{key}` of {name} is {value!r}", f"Give {KINDS[TYPES[key]]}")
     return Claim(**written)
 
+# %% ../../nbs/reporting/65_claims.ipynb #327f7afd
 def read_claims(
     file,  # YAML: a list of mappings with the fields of `Claim`
 ) -> list:
@@ -79,7 +81,11 @@ def read_claims(
         raise SpecError(f"the claims {file} cannot be read ({reason})", "Give a YAML file") from None
     if not isinstance(written, list) or not written:
         raise SpecError(f"{file} holds no list of claims", "Write `- claim: ...` for each")
-    return [_claim(file, number, entry) for number, entry in enumerate(written, 1)]
+    claims = [_claim(file, number, entry) for number, entry in enumerate(written, 1)]
+    names = Counter(claim.claim for claim in claims)
+    for name, count in names.items():
+        if count > 1: raise SpecError(f"{count} claims in {file} are called {name!r}", "Rename all but one")
+    return claims
 
 # %% ../../nbs/reporting/65_claims.ipynb #af895d5a
 def _keeps_replicates(record): return bool(record.folder) and (record.folder/"replicates.npz").is_file()
@@ -267,7 +273,7 @@ def draw_ledger(
     palette = {name: of_verdict[row.verdict] for name, row in measured.iterrows()}
     figure = draw_effects(named.rename_axis(["arm", "metric"]), palette=palette)
     ax, = figure.axes
-    ax.set_xlabel("gain, points; of rates of false positives (FPR): how much lower")
+    ax.set_xlabel("gain, points (FPR: how much lower); filled: without 0")
     asked = measured["at_least"].to_numpy()
     ax.plot(asked[asked != 0], np.flatnonzero(asked), "|", ms=11, mew=1.5, color=".15")
     marks = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in of_verdict.items()]
