@@ -219,6 +219,26 @@ def test_a_metric_without_a_value_in_some_class_is_left_out():
     with pytest.raises(SpecError, match="unknown metric 'P-PA'"): found(pair, metrics=["P-PA"])
 
 
+def test_what_is_left_out_is_named():
+    "A metric that one class lacks, and an arm whose baseline failed."
+    kept = [record(name, 0, 50 + i, metrics=("P-AP", "mAD"), labelled=n)
+            for i, name in enumerate(("alpha", "beta")) for n in (0, 5) if (name, n) != ("beta", 0)]
+    kept[0].metrics["exact"]["per_class"]["felt"]["mAD"] = float("nan")
+    table = effects(kept, ["detector", "labelled"], {"labelled": 0}, ("P-AP", "mAD"))
+    assert len(table) == 1
+    assert "Left out for want of a value in every class: mAD." in table.attrs["caption"]
+    assert "Left out for want of a baseline that was tested alike: `beta, 5`." in table.attrs["caption"]
+
+
+def test_nothing_stale_stays_where_nothing_can_be_compared(records, tmp_path):
+    write_effects(tmp_path, "study", effects(records, "detector", {"detector": ""}, ["P-AP"]))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".csv", ".tex"}
+    alone = effects(records[:2], "detector", {"detector": ""}, ["P-AP"])
+    write_effects(tmp_path, "study", alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["study_effects.md"]
+    with pytest.raises(SpecError, match="no effects to draw. Nothing can be compared"): draw_effects(alone)
+
+
 def test_warnings_stand_in_the_caption(records):
     records[0].provenance["converged_steps"] = 500
     table = found(records)

@@ -62,6 +62,8 @@ def _has_values(pair, metric):
     both = [*pair.records, *pair.baseline]
     names = class_names(both, pair.classes)
     blocks = [record.metrics[record.spec["protocols"][0]]["per_class"] for record in both]
+    for cls in names:
+        if cls not in blocks[0]: raise unknown(f"class of record {both[0].id}", cls, blocks[0])
     return all(np.isfinite(block[cls].get(metric, 0)) for block in blocks for cls in names)
 
 def _with_intervals(pairs, metrics):
@@ -124,6 +126,16 @@ def _of_p(table):
     smallest = table["smallest Holm p"].min()
     return f"Nothing is decidable over classes: Holm's p of {comparisons} cannot fall below {smallest:.2g}."
 
+# %% ../../nbs/reporting/63c_effects.ipynb #6d82000b
+def _left_out(grouped, compared, metrics):
+    "Sentences on the metrics, and on those of the arms, that are in no row."
+    used = {arm.name for of_row in compared for arm in of_row}
+    alone = [f"`{arm.name}`" for arm in grouped if arm.name not in used]
+    sentences = []
+    if metrics: sentences.append(f"Left out for want of a value in every class: {', '.join(metrics)}.")
+    if alone: sentences.append(f"Left out for want of a baseline that was tested alike: {', '.join(alone)}.")
+    return sentences
+
 # %% ../../nbs/reporting/63c_effects.ipynb #d57c6ef7
 SIGNS = {
     "†": "Not converged: trained for fewer steps than it takes, the row or its baseline.",
@@ -171,13 +183,15 @@ def effects(
     `with_baseline` and `compare_pairs`."""
     compared = with_baseline(records, by, baseline)
     pairs = pairs_of(compared, classes_of)
-    metrics = [metric for metric in metrics if all(_has_values(pair, metric) for pair in pairs.values())]
+    wanted = metrics
+    metrics = [metric for metric in wanted if all(_has_values(pair, metric) for pair in pairs.values())]
     if not (pairs and metrics): return _nothing(records, by, baseline, compared, pairs)
     compared = [c for c in compared if c.arm.name in pairs]
+    left_out = _left_out(arms(records, by), compared, [m for m in wanted if m not in metrics])
     table, why = _with_intervals(pairs, metrics)
     marked = _marked(records, by, compared, metrics)
     sentences = [*warning(records), _what_it_is(records, by, *baseline, compared, pairs),
-                 _of_the_interval(table, why), _of_p(table)]
+                 _of_the_interval(table, why), _of_p(table), *left_out]
     caption = " ".join(sentences + [f"{sign} {SIGNS[sign]}" for sign, rows in marked.items() if rows])
     how = OF_P if why else OF_INTERVALS + OF_P
     made = how_it_was_made(records, records[0].spec["protocols"][0], by, statistics=how)
@@ -241,6 +255,7 @@ def write_effects(
         write_table(folder, name, printed, text, numbers=table)
         return page(printed, text)
     Path(folder).mkdir(parents=True, exist_ok=True)
+    for ending in ("csv", "tex"): (Path(folder)/f"{name}.{ending}").unlink(missing_ok=True)
     (Path(folder)/f"{name}.md").write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -250,7 +265,8 @@ def draw_effects(
     margin: float | None = None,  # in points: a band around zero
     palette: dict|None = None,    # {arm: colour}; None: `colours`
 ):                                # the Figure
-    "Differences and intervals in points, one row for each arm and metric."
+    "Differences and intervals in points, one row for each arm and metric; `SpecError` without any."
+    if not len(table): raise SpecError("there are no effects to draw", table.attrs.get("caption", ""))
     names = [", ".join(map(str, row[:-1])) for row in table.index]
     palette = palette or colours(table.attrs.get("arms", names))
     labels = [f"{name}, {row[-1]}" for name, row in zip(names, table.index)]
