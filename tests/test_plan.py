@@ -2,7 +2,7 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from conftest import ROOT, SMALL, text_of
+from conftest import ROOT, SMALL, sweep_flags, text_of
 from test_layouts import mvtec, visa
 from mdd_bench import cli as command_line
 from mdd_bench.errors import FullDiskError, SpecError
@@ -244,6 +244,29 @@ def test_a_failed_notebook_stops_nothing_but_a_full_disk_does(
     (tmp_path/"plan.yaml").write_text(TWO)
     ended, _, errors = cli("make", "plan.yaml", "--device", "cpu")
     assert ended == code and len(drawn) == tables and error.what in errors.splitlines()[-1]
+
+@pytest.mark.parametrize("command, ended", [("sweep", 2), ("make", 1)])
+def test_runs_that_failed_are_named_where_the_notebook_fails_too(
+        cli, tmp_path, stub, monkeypatch, command, ended):
+    def fails(swept, folder, **settings): raise SpecError("the notebook failed", "see it")
+    monkeypatch.setattr(command_line, "make_tables", fails)
+    monkeypatch.setattr(sweeping, "dask_here", sweeping.threads)
+    stub.failing = {"first rd4ad 0", "benchmark rd4ad 0"}
+    (tmp_path/"plan.yaml").write_text(TWO)
+    what = ["plan.yaml", "--only", "first"] if command == "make" else ["benchmark", *sweep_flags()]
+    code, _, errors = cli(command, *what, "--device", "cpu")
+    *_, run, notebook = errors.splitlines()
+    assert code == ended and "the notebook failed" in notebook
+    assert re.fullmatch("FAILED (first: )?rd4ad, seed 0: it was told to; see log", run)
+
+def test_what_failed_is_named_where_the_disk_is_full_later(cli, tmp_path, stub, monkeypatch):
+    def fails(swept, folder, **settings): raise FullDiskError("the disk is full", "make room")
+    monkeypatch.setattr(command_line, "make_tables", fails)
+    monkeypatch.setattr(sweeping, "dask_here", sweeping.threads)
+    stub.failing = {"first rd4ad 0"}
+    (tmp_path/"plan.yaml").write_text(TWO)
+    code, _, errors = cli("make", "plan.yaml", "--device", "cpu")
+    assert code == 2 and "FAILED first: rd4ad, seed 0: it was told to" in errors.splitlines()[-2]
 
 # --- a copy of a record
 
