@@ -249,6 +249,8 @@ def labels(
     from mdd_bench.running.identity import load_dataset
     dataset = load_dataset(make_spec(data=data, **values))
     catalog, manifest = dataset.catalog, dataset.manifest
+    if out and not manifest:
+        raise SpecError(f"--out {out}: no anomaly is labelled or held out", "give --labelled or --hold-out")
     counts = catalog.counts()
     for split in ("labelled", "held out"):
         images = [len(catalog.part(cls=cls, split=split)) for cls in counts.index]
