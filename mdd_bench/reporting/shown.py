@@ -25,7 +25,7 @@ from .heatmaps import heatmap_grid, worst_grid
 from .plots import bars, loss_curves, save
 from .tables import TABLE_METRICS, costs, page, per_class, summary
 from .web import Grid, Heading, Picture, no_links, read_frame, read_markdown
-from ..running.store import RecordFolders, read_record
+from ..running.store import RecordFolders, data_name, read_record
 
 # %% ../../nbs/reporting/64c_shown.ipynb #54c366db
 @dataclass
@@ -305,7 +305,7 @@ def default_title(study: StudyFolder) -> str:
     "The name of the folder; for a single record, its detector and data."
     if len(study.records) != 1: return as_title(study.name)
     spec = study.records[0].spec
-    return f"{spec['detector']} on {Path(spec['data']).name}"
+    return f"{spec['detector']} on {data_name(spec['data'])}"
 
 def show_study(
     study: StudyFolder,
