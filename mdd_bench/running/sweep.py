@@ -28,7 +28,7 @@ from .processes import warm_process
 from .runtime import BAR, failure_reason, read_progress
 from .store import MODEL, Record, Store, copy_record, make_folder
 from .study import (
-    SETTINGS, NamedSpec, Study, given, load_study, notebook_parameters, study_notebook)
+    SETTINGS, NamedSpec, Study, given, load_study, note_arm, notebook_parameters, study_notebook)
 
 # %% ../../nbs/running/59_sweep.ipynb #41c4be6c
 def run_label(
@@ -102,10 +102,12 @@ def plan_sweep(
     elsewhere=(),      # other results folders, whose records are copied instead of made
 ) -> list[Planned]:
     "All runs of a study, each once; raises an `MddBenchError` for one that cannot be."
-    named, planned, opened, out = study.named_specs(), {}, {}, Path(out).absolute()
+    named, planned, out = study.named_specs(), {}, Path(out).absolute()
     check_sweep(study, named, plain)
+    names, opened = {}, {}
     for n in tqdm(named, desc="reading the data", file=sys.stderr, disable=None, leave=False):
         resolved = resolve(n.spec, opened)
+        note_arm(names, resolved.run_id, n.arm)
         label = run_label(study, n)
         job = Job(n.spec, resolved.run_id, resolved.training_id, label, str(out), plain, settings)
         done, source = job.is_done(), record_elsewhere(job, elsewhere)
