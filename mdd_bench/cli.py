@@ -402,9 +402,10 @@ def runs_at_once(device: str | None, jobs: int | None, scheduler: str | None) ->
     with client_of(scheduler) as client: return max(1, len(places_at(client, scheduler)))
 
 def print_plan(study, folder: Path, plain: bool, at_once: int, **settings):
-    "Print the runs of a study, which of them are done, and how long the others will take."
-    from mdd_bench.running.sweep import describe_plan, plan_sweep
-    print("\n".join(describe_plan(plan_sweep(study, folder, plain, settings), at_once)))
+    "Print the runs of a study, which of them are done, and how long the others take; or that it measures."
+    from mdd_bench.running.sweep import describe_work, plan_sweep
+    planned = plan_sweep(study, folder, plain, settings)
+    print("\n".join(describe_work(study, planned, executed=False, at_once=at_once)))
 
 # %% ../nbs/cli.ipynb #ea0a03e0
 PARAMETER_HELP = ("a field of the run, where 'a,b,c' makes an axis; arms=a,b; or a parameter of a study "

@@ -219,6 +219,7 @@ def test_the_help_of_run_names_types(run_help, group, flag, words):
     (["memory", "-p", "arms=nosuch"], "unknown arm of the study memory 'nosuch'"),
     (["speed", "-p", "maps=many"], "maps='many'"),
     (["speed", "--plain"], "is a notebook only"),
+    (["labels", "-p", "detector=rd4ad", "-p", "labelled=5"], "rd4ad cannot learn from labels. give"),
 ])
 def test_bad_studies(cli, tmp_path, args, culprit):
     code, _, err = cli("sweep", *args, "--out", tmp_path/"out")

@@ -230,6 +230,15 @@ def test_a_study_without_runs_is_made_once_for_the_same_parameters(cli, tmp_path
     (tmp_path/"results"/"fast"/"mine.ipynb").write_text("{")      # cut short
     assert cli("make", "plan.yaml", "--dry-run")[1].splitlines()[1].endswith("to make")
 
+def test_a_sweep_of_a_study_without_runs_says_that_it_measures(cli, tmp_path):
+    (tmp_path/"mine.yaml").write_text("parameters: {maps: 3}")
+    code, _, errors = cli("sweep", "mine.yaml")
+    assert code == 2 and "mine has parameters but no notebook. write mine.ipynb beside its file" in errors
+    assert not Path("results").exists()
+    (tmp_path/"mine.ipynb").write_text("{}")
+    code, printed, _ = cli("sweep", "mine.yaml", "--dry-run")
+    assert code == 0 and printed == "a notebook that measures: to make\n"
+
 @pytest.mark.parametrize("error, code, tables", [
     (SpecError("the notebook failed", "see it"), 1, 2),
     (FullDiskError("the disk is full", "make room"), 2, 1)])

@@ -335,6 +335,9 @@ def test_two_arms_that_are_one_run_are_refused(tmp_path, cli):
     with pytest.raises(SpecError, match="'default' and 'written out'"): load_study("twins.yaml").names()
     assert list(load_study("twins.yaml", arms="default,five").names().values()) == ["default", "five"]
 
+def test_an_axis_without_values_is_refused():
+    with pytest.raises(SpecError, match="seed of the study labels has no"): load_study("labels", seed=[])
+
 def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_run(tmp_path, cli):
     (tmp_path/"file").touch()
     code, _, printed = cli("sweep", "benchmark", *sweep_flags(), "--plain", "--out", tmp_path/"file")

@@ -19,7 +19,7 @@ from .job import Job
 from .spec import spec_field
 from .study import Study, check_mapping, load_study, read_yaml
 from .sweep import (
-    Planned, describe_plan, expected_seconds, missing_runs, plan_sweep, time_in_words)
+    Planned, describe_work, expected_seconds, missing_runs, plan_sweep, time_in_words)
 
 # %% ../../nbs/running/59a_plan.ipynb #06e2f622
 @dataclass
@@ -196,9 +196,7 @@ def describe_entry(
     "What is left to do for an entry, as lines."
     head = planned.entry.title
     if planned.left_out: return [head, f"    left out: {planned.left_out}"]
-    if planned.study.parameters:
-        return [head, f"    a notebook that measures: {'done' if planned.executed else 'to make'}"]
-    lines = describe_plan(planned.runs, at_once)
+    lines = describe_work(planned.study, planned.runs, planned.executed, at_once)
     return [head, *(f"    {line}" for line in (lines if runs else lines[-1:]))]
 
 # %% ../../nbs/running/59a_plan.ipynb #87028464

@@ -180,6 +180,7 @@ def set_parameter(
         return
     declared = spec_options()[name]
     values = [typed_value(declared, value)] if name == "options" else axis_values(declared, value)
+    if not values: raise SpecError(f"{name} of the study {study.name} has no values", "give some")
     if name not in study.grid and len(values) == 1: study.base[name] = values[0]
     else:
         study.grid[name] = values
