@@ -386,7 +386,11 @@ def make_plain_tables(swept, folder: Path):
 # %% ../nbs/cli.ipynb #b164b7c2
 def failure_lines(swept) -> list[str]:
     "The runs of a sweep that failed, a line each."
-    return [f"{f.spec.detector}, seed {f.spec.seed}: {f.reason}; see {f.details}" for f in swept.failures]
+    lines = []
+    for f in swept.failures:
+        details = f.details if f.details.is_file() else f.log
+        lines.append(f"{f.spec.detector}, seed {f.spec.seed}: {f.reason}; see {details}")
+    return lines
 
 def print_study(swept, folder: Path):
     "Print the tables of a study, the paths of its files, and the number of its records."
@@ -461,10 +465,11 @@ def make_entry(planned, failures: list[str], plain: bool, at: dict, **settings):
     entry, folder = planned.entry, planned.folder
     settings |= dict(keep_model=entry.keep_model)
     how = settings | at | dict(plain=plain, elsewhere=planned.elsewhere)
-    swept = sweeping.sweep(planned.study, folder, **how)
+    try: swept = sweeping.sweep(planned.study, folder, **how)
+    finally:
+        if not entry.pictures: remove_pictures(folder)
     failures += [f"{entry.out}: {line}" for line in failure_lines(swept)]
     if planned.runs: print(f"    {len(swept.records)} of {len(planned.runs)} records in {folder/'runs'}")
-    if not entry.pictures: remove_pictures(folder)
     if not plain: make_tables(swept, folder, **settings | dict(device=settings["device"] or ""))
 
 # %% ../nbs/cli.ipynb #f299d7a3

@@ -1,6 +1,7 @@
 "Plans: several sweeps in a file, in order; what two of them need is made once, and what is there stays."
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 from conftest import ROOT, SMALL, sweep_flags, text_of
 from test_layouts import mvtec, visa
@@ -10,7 +11,7 @@ from mdd_bench.running import sweep as sweeping
 from mdd_bench.running.job import Failure
 from mdd_bench.running.plan import plan_entries, read_plan
 from mdd_bench.running.store import Record, Store, copy_record, find_damage
-from mdd_bench.running.sweep import missing_runs
+from mdd_bench.running.sweep import Swept, missing_runs
 
 # --- two entries that share a run, and a stand-in that makes runs
 
@@ -202,6 +203,24 @@ def test_images_that_must_not_be_shown_are_not_kept(make, stub):
             for store in ("first", "second")}
     assert kept["first"] - kept["second"] == {"samples.npz", "run.ipynb"} and "scores.csv" in kept["second"]
     assert "1 runs, 1 done, 0 to make" in make(not_to_be_shown, "--dry-run")[1]
+
+SHOWING = ("a/samples.npz", "a/run.ipynb", ".damaged/b/samples.npz", "c.part.ipynb")
+
+@pytest.mark.parametrize("end", [None, SpecError("gone"), FullDiskError("full"), KeyboardInterrupt()])
+def test_images_that_must_not_be_shown_go_however_the_sweep_ends(make, monkeypatch, end):
+    runs = Path("results/second/runs")
+    def sweep(study, folder, **how):
+        for name in (*SHOWING, "a/scores.csv", "c.log"):
+            (runs/name).parent.mkdir(parents=True, exist_ok=True)
+            (runs/name).touch()
+        if end: raise end
+        spec = SimpleNamespace(detector="patchcore", seed=0)
+        return Swept(study, folder, [], [Failure(spec, "it was told to", runs/"c.part.ipynb", True)])
+    monkeypatch.setattr(sweeping, "sweep", sweep)
+    monkeypatch.setattr(command_line, "end_now", lambda code: None)
+    _, _, errors = make(entry("second", "patchcore", pictures=False))
+    assert {path.name for path in runs.rglob("*.*") if path.is_file()} == {"scores.csv", "c.log"}
+    assert end or errors.endswith("it was told to; see results/second/runs/c.log\n")
 
 # --- notebooks
 

@@ -98,6 +98,11 @@ class Failure:
     details: Path   # a file with its output: the unfinished notebook, or a log
     final: bool     # it would fail again: the run is impossible, or its loss explodes
 
+    @property
+    def log(self) -> Path:
+        "The file with its output that is kept even where the notebook, which has pictures, is not."
+        return self.details.with_name(self.details.name.replace(".part.ipynb", ".log"))
+
 def write_failure(
     job: Job,
     printed: str,    # by its process

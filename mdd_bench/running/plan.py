@@ -228,6 +228,6 @@ def describe_entries(
 def remove_pictures(
     folder: Path,   # of a study's results
 ):
-    "Remove what shows test images from all records of a folder: samples, and notebooks of single runs."
-    for name in ("samples.npz", "run.ipynb"):
-        for path in (folder/"runs").glob(f"*/{name}"): path.unlink()
+    "Remove what shows test images from all runs of a folder: samples, and notebooks, finished or not."
+    for name in ("samples.npz", "run.ipynb", "*.part.ipynb"):
+        for path in (folder/"runs").rglob(name): path.unlink()
