@@ -9,7 +9,7 @@ from mdd_bench import cli as command_line
 from mdd_bench.errors import FullDiskError, SpecError
 from mdd_bench.running import sweep as sweeping
 from mdd_bench.running.job import Failure
-from mdd_bench.running.plan import plan_entries, read_plan
+from mdd_bench.running.plan import injected_parameters, plan_entries, read_plan
 from mdd_bench.running.store import Record, Store, copy_record, find_damage
 from mdd_bench.running.sweep import Swept, missing_runs
 
@@ -143,7 +143,8 @@ def test_only_those_that_are_asked_for(make, stub):
     ("- {study: benchmark, out: a, parameters: {sise: 1}}", "a: unknown parameter of .* benchmark 'sise'"),
     ("- {study: memory, out: a, parameters: {arms: nosuch}}", "a: unknown arm of the study memory 'nosuch'"),
     ("- {study: benchmark, out: a, parameters: {size: many}}", "a: size='many'"),
-    ("- {study: benchmark, out: a, pictures: perhaps}", "pictures='perhaps'. give true or false"),
+    ("- {study: benchmark, out: a, pictures: perhaps}",
+     "error: entry 1 of plan.yaml: pictures='perhaps'. give true or false"),
     ("- {study: benchmark, out: ../a}", "out: ../a in entry 1 of plan.yaml. give a folder below"),
     ("- {study: benchmark, out: a}\n- {study: memory, out: ./a}", "two entries of plan.yaml have out: ./a"),
 ])
@@ -246,8 +247,14 @@ def test_a_study_without_runs_is_made_once_for_the_same_parameters(cli, tmp_path
     lines = cli("make", "plan.yaml", "--plain", "--dry-run")[1].splitlines()
     assert lines[1].endswith("done")
     assert lines[3] == "    left out: it is a notebook only, made without --plain"
-    (tmp_path/"results"/"fast"/"mine.ipynb").write_text("{")      # cut short
-    assert cli("make", "plan.yaml", "--dry-run")[1].splitlines()[1].endswith("to make")
+
+@pytest.mark.parametrize("text", [
+    "{", "{}", "[]", '{"cells": 3}', '{"cells": [{}]}',
+    *(json.dumps(dict(cells=[INJECTED | dict(source=source)]))
+      for source in ("maps = ", "maps = float('nan')", "maps += 1", "maps", 3))])
+def test_a_notebook_that_cannot_be_read_was_not_executed(tmp_path, text):
+    (tmp_path/"mine.ipynb").write_text(text)
+    assert injected_parameters(tmp_path/"mine.ipynb") == {}
 
 def test_a_sweep_of_a_study_without_runs_says_that_it_measures(cli, tmp_path):
     (tmp_path/"mine.yaml").write_text("parameters: {maps: 3}")

@@ -282,8 +282,13 @@ def test_a_half_written_record(tmp_path):
     with pytest.raises(StoreError, match="cannot read .*00000000000a/record.json"): report(folder)
     assert not (folder/"report.html").exists()
 
-def test_a_damaged_notebook(study):
-    (study/"fabrics.ipynb").write_text('{"cells": [')
+@pytest.mark.parametrize("text", [
+    '{"cells": [', "[]", '{"cells": null}', '{"cells": {"a": 1}}', '{"cells": [{}]}',
+    '{"cells": [{"cell_type": "code", "metadata": {}}]}',
+    *(json.dumps(dict(cells=[code_cell("", output)]))
+      for output in ({}, dict(output_type="stream"), dict(output_type="error"), shown("text/html", None)))])
+def test_a_damaged_notebook(study, text):
+    (study/"fabrics.ipynb").write_text(text)
     with pytest.raises(StoreError, match="cannot read the notebook .*fabrics.ipynb"): report(study)
 
 def test_a_damaged_picture_in_the_notebook(tmp_path):
