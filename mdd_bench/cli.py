@@ -10,8 +10,8 @@ __all__ = ['app', 'DATA_HELP', 'DATA_FIELDS', 'DATA_FLAGS', 'AsJson', 'TableFile
            'value_name', 'flag_help', 'flag', 'keyword_parameter', 'spec_flags', 'as_options', 'print_layouts',
            'inspected', 'write_table', 'save_sheet', 'print_json', 'print_survey', 'datasets', 'download_command',
            'labels', 'print_record', 'run_command', 'show_step', 'pretrain', 'make_tables', 'make_plain_tables',
-           'print_study', 'runs_at_once', 'print_plan', 'sweep', 'make_entry', 'make_command', 'results_command',
-           'report_command', 'cache', 'format_warning', 'end_now', 'main']
+           'failure_lines', 'print_study', 'runs_at_once', 'print_plan', 'sweep', 'make_entry', 'make_entries',
+           'make_command', 'results_command', 'report_command', 'cache', 'format_warning', 'end_now', 'main']
 
 # %% ../nbs/cli.ipynb #acd32f5f
 import atexit, json, os, shutil, sys, warnings
@@ -115,14 +115,21 @@ def spec_flags(
         return command
     return decorate
 
+# %% ../nbs/cli.ipynb #8bc60c6b
 def as_options(
     pairs: list[str],       # name=value
     flag: str = "--option", # that they were given with, for the message
 ) -> dict:                  # name -> text
-    "['a=1', 'b=x'] as a dictionary; raises `SpecError` for a pair without '='."
+    "['a=1', 'b=x'] as a dictionary; raises `SpecError` for a pair without '=', and for a name given twice."
+    options = {}
     for pair in pairs:
-        if "=" not in pair: raise SpecError(f"{flag} {pair}", f"write {flag} name=value")
-    return dict(pair.split("=", 1) for pair in pairs)
+        name, equals, value = pair.partition("=")
+        if not equals: raise SpecError(f"{flag} {pair}", f"write {flag} name=value")
+        if name in options:
+            remedy = "give it once" if flag == "--option" else f"write {flag} {name}={options[name]},{value}"
+            raise SpecError(f"{flag} {name} is given twice", remedy)
+        options[name] = value
+    return options
 
 # %% ../nbs/cli.ipynb #2746114a
 def print_layouts():
@@ -249,6 +256,8 @@ def labels(
     from mdd_bench.running.identity import load_dataset
     dataset = load_dataset(make_spec(data=data, **values))
     catalog, manifest = dataset.catalog, dataset.manifest
+    if out and not manifest:
+        raise SpecError(f"--out {out}: no anomaly is labelled or held out", "give --labelled or --hold-out")
     counts = catalog.counts()
     for split in ("labelled", "held out"):
         images = [len(catalog.part(cls=cls, split=split)) for cls in counts.index]
@@ -368,6 +377,7 @@ def make_tables(swept, folder: Path, **settings):
     with tqdm(**working, disable=None, file=sys.stderr) as bar:
         execute_study(study, folder, bar.refresh, **({} if study.parameters else settings))
 
+# %% ../nbs/cli.ipynb #8c7e3593
 def make_plain_tables(swept, folder: Path):
     "Write the tables of a study that has no notebook: what was found under each protocol, and what it cost."
     from mdd_bench.reporting.tables import caption, cost_caption, costs, summary, write_table
@@ -380,14 +390,20 @@ def make_plain_tables(swept, folder: Path):
         write_table(folder, f"{swept.study.name}_{protocol}", table, description)
     write_table(folder, f"{swept.study.name}_cost", costs(swept.records, by), cost_caption(swept.records, by))
 
+# %% ../nbs/cli.ipynb #b164b7c2
+def failure_lines(swept) -> list[str]:
+    "The runs of a sweep that failed, a line each."
+    lines = []
+    for f in swept.failures:
+        details = f.details if f.details.is_file() else f.log
+        lines.append(f"{f.spec.detector}, seed {f.spec.seed}: {f.reason}; see {details}")
+    return lines
+
 def print_study(swept, folder: Path):
-    "Print the tables of a study, the paths of its files, the number of its records, and what failed."
+    "Print the tables of a study, the paths of its files, and the number of its records."
     for table in sorted(folder.glob("*.md")): print(f"\n{table.read_text(encoding='utf-8')}")
     for path in sorted(p for p in folder.iterdir() if p.is_file()): print(path)
     if not swept.study.parameters: print(f"{len(swept.records)} records in {folder/'runs'}")
-    for f in swept.failures:
-        print(f"FAILED {f.spec.detector}, seed {f.spec.seed}: {f.reason}", file=sys.stderr)
-        print(f"       see {f.details}", file=sys.stderr)
 
 # %% ../nbs/cli.ipynb #b89cafe0
 def runs_at_once(device: str | None, jobs: int | None, scheduler: str | None) -> int:
@@ -397,9 +413,10 @@ def runs_at_once(device: str | None, jobs: int | None, scheduler: str | None) ->
     with client_of(scheduler) as client: return max(1, len(places_at(client, scheduler)))
 
 def print_plan(study, folder: Path, plain: bool, at_once: int, **settings):
-    "Print the runs of a study, which of them are done, and how long the others will take."
-    from mdd_bench.running.sweep import describe_plan, plan_sweep
-    print("\n".join(describe_plan(plan_sweep(study, folder, plain, settings), at_once)))
+    "Print the runs of a study, which of them are done, and how long the others take; or that it measures."
+    from mdd_bench.running.sweep import describe_work, plan_sweep
+    planned = plan_sweep(study, folder, plain, settings)
+    print("\n".join(describe_work(study, planned, executed=False, at_once=at_once)))
 
 # %% ../nbs/cli.ipynb #ea0a03e0
 PARAMETER_HELP = ("a field of the run, where 'a,b,c' makes an axis; arms=a,b; or a parameter of a study "
@@ -436,35 +453,44 @@ def sweep(
     if not (dry_run or scheduler): warm_process.open_again()     # it imports while this process does
     import mdd_bench.running.sweep as sweeping
     from mdd_bench.running.study import load_study
+    sweeping.check_places(jobs, scheduler)
     chosen = load_study(study, **as_options(p, "-p"))
     folder = out.expanduser()/chosen.name
     settings = dict(device=device, workers=workers, cache_gb=cache_gb, keep_model=keep_model)
     if dry_run: return print_plan(chosen, folder, plain, runs_at_once(device, jobs, scheduler), **settings)
     swept = sweeping.sweep(chosen, folder, plain=plain, jobs=jobs, scheduler=scheduler, **settings)
     folder.mkdir(parents=True, exist_ok=True)
+    for line in failure_lines(swept): print(f"FAILED {line}", file=sys.stderr)
     if not plain: make_tables(swept, folder, **settings | dict(device=device or ""))
     print_study(swept, folder)
     raise typer.Exit(1 if swept.failures else 0)
 
 # %% ../nbs/cli.ipynb #ec8b8add
-def make_entry(planned, plain: bool, at: dict, **settings) -> list[str]:
-    "Make what is left of an entry of a plan; returns what failed, a line each."
+def make_entry(planned, failures: list[str], plain: bool, at: dict, **settings):
+    "Make the records, tables and plots of an entry of a plan, and note which runs failed, a line each."
     import mdd_bench.running.sweep as sweeping
     from mdd_bench.running.plan import remove_pictures
-    print(f"\n{planned.entry.title}", flush=True)
-    if planned.left_out or planned.executed:
-        print(f"    left out: {planned.left_out}" if planned.left_out else "    done before")
-        return []
-    folder, settings = planned.folder, settings | dict(keep_model=planned.entry.keep_model)
-    how = settings | at | dict(plain=plain, elsewhere=planned.elsewhere)
-    try:
-        swept = sweeping.sweep(planned.study, folder, **how)
-        if not planned.entry.pictures: remove_pictures(folder)
-        if not plain: make_tables(swept, folder, **settings | dict(device=settings["device"] or ""))
-    except DiskError: raise
-    except MddBenchError as e: return [str(e)]
+    entry, folder = planned.entry, planned.folder
+    settings |= dict(keep_model=entry.keep_model)
+    how = settings | at | dict(plain=plain, elsewhere=planned.elsewhere, pictures=entry.pictures)
+    try: swept = sweeping.sweep(planned.study, folder, **how)
+    finally:
+        if not entry.pictures: remove_pictures(folder)
+    failures += [f"{entry.out}: {line}" for line in failure_lines(swept)]
     if planned.runs: print(f"    {len(swept.records)} of {len(planned.runs)} records in {folder/'runs'}")
-    return [f"{f.spec.detector}, seed {f.spec.seed}: {f.reason}; see {f.details}" for f in swept.failures]
+    if not plain: make_tables(swept, folder, **settings | dict(device=settings["device"] or ""))
+
+# %% ../nbs/cli.ipynb #f299d7a3
+def make_entries(planned: list, failures: list[str], plain: bool, at: dict, **settings):
+    "Make what is left of each entry of a plan, and note what failed, a line each; raises `DiskError`."
+    for p in planned:
+        print(f"\n{p.entry.title}", flush=True)
+        if p.left_out or p.executed:
+            print(f"    left out: {p.left_out}" if p.left_out else "    done before")
+            continue
+        try: make_entry(p, failures, plain, at, **settings)
+        except DiskError: raise
+        except MddBenchError as e: failures.append(f"{p.entry.out}: {e}")
 
 # %% ../nbs/cli.ipynb #1757d2cc
 Only = Annotated[list[str], typer.Option(
@@ -492,14 +518,18 @@ def make_command(
     Its entries have study, out (a folder below --out) and, if needed, parameters, needs, keep_model, why.
     """
     from mdd_bench.running.plan import describe_entries, plan_entries, read_plan
+    from mdd_bench.running.sweep import check_places
+    check_places(jobs, scheduler)
     settings = dict(device=device, workers=workers, cache_gb=cache_gb)
     at = dict(jobs=jobs, scheduler=scheduler)
     planned = plan_entries(read_plan(plan), only, out, plain, settings)
     if dry_run:
         print("\n".join(describe_entries(planned, runs_at_once(device, **at), bool(only))))
         return
-    failures = [f"{p.entry.out}: {line}" for p in planned for line in make_entry(p, plain, at, **settings)]
-    for line in failures: print(f"FAILED {line}", file=sys.stderr)
+    failures = []
+    try: make_entries(planned, failures, plain, at, **settings)
+    finally:
+        for line in failures: print(f"FAILED {line}", file=sys.stderr)
     raise typer.Exit(1 if failures else 0)
 
 # %% ../nbs/cli.ipynb #bf534cde

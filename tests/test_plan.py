@@ -1,16 +1,17 @@
 "Plans: several sweeps in a file, in order; what two of them need is made once, and what is there stays."
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
-from conftest import ROOT, SMALL, text_of
+from conftest import ROOT, SMALL, sweep_flags, text_of
 from test_layouts import mvtec, visa
 from mdd_bench import cli as command_line
 from mdd_bench.errors import FullDiskError, SpecError
 from mdd_bench.running import sweep as sweeping
 from mdd_bench.running.job import Failure
-from mdd_bench.running.plan import plan_entries, read_plan
+from mdd_bench.running.plan import injected_parameters, plan_entries, read_plan
 from mdd_bench.running.store import Record, Store, copy_record, find_damage
-from mdd_bench.running.sweep import missing_runs
+from mdd_bench.running.sweep import Swept, missing_runs
 
 # --- two entries that share a run, and a stand-in that makes runs
 
@@ -142,7 +143,8 @@ def test_only_those_that_are_asked_for(make, stub):
     ("- {study: benchmark, out: a, parameters: {sise: 1}}", "a: unknown parameter of .* benchmark 'sise'"),
     ("- {study: memory, out: a, parameters: {arms: nosuch}}", "a: unknown arm of the study memory 'nosuch'"),
     ("- {study: benchmark, out: a, parameters: {size: many}}", "a: size='many'"),
-    ("- {study: benchmark, out: a, pictures: perhaps}", "pictures='perhaps'. give true or false"),
+    ("- {study: benchmark, out: a, pictures: perhaps}",
+     "error: entry 1 of plan.yaml: pictures='perhaps'. give true or false"),
     ("- {study: benchmark, out: ../a}", "out: ../a in entry 1 of plan.yaml. give a folder below"),
     ("- {study: benchmark, out: a}\n- {study: memory, out: ./a}", "two entries of plan.yaml have out: ./a"),
 ])
@@ -150,6 +152,11 @@ def test_a_plan_with_a_mistake_is_refused_before_the_first_run(make, stub, text,
     code, _, errors = make(text)
     assert code == 2 and re.search(words, errors) and len(errors.splitlines()) == 1, errors
     assert not Path("results").exists()
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_jobs_with_a_scheduler_are_refused_once_before_the_plan_is_read(cli, dry_run):
+    code, _, errors = cli("make", "nowhere.yaml", "--jobs", "2", "--scheduler", "tcp://nowhere:1", *dry_run)
+    assert code == 2 and errors == "error: jobs with a scheduler. its workers decide how many there are\n"
 
 def test_a_plan_that_is_not_there(make, cli):
     code, _, errors = cli("make", "nowhere.yaml")
@@ -189,6 +196,22 @@ def test_a_model_that_is_to_be_kept_is_not_taken_from_where_it_was_not(make, stu
     make(entry("third", "patchcore", keep_model=True) + entry("second", "patchcore", keep_model=True))
     assert len(stub.made) == 2 and list(Path("results/third").rglob("model.safetensors"))
 
+def test_a_copy_has_no_model_that_nobody_asked_for(make, stub):
+    make(entry("first", "patchcore", keep_model=True) + entry("second", "patchcore"))
+    assert stub.made == ["first patchcore 0"] and len(results("second").records()) == 1
+    assert [path.parts[1] for path in Path("results").rglob("model.safetensors")] == ["first"]
+
+HIDDEN, SHOWN = entry("hidden", "patchcore", pictures=False), entry("shown", "patchcore")
+
+@pytest.mark.parametrize("text, again, made", [
+    (HIDDEN, SHOWN, 2), (HIDDEN + SHOWN, "", 2), (SHOWN, HIDDEN, 1), (SHOWN + HIDDEN, "", 1)])
+def test_an_entry_with_pictures_is_not_served_by_a_copy_without_them(make, stub, text, again, made):
+    make(text)
+    if again: make(text + again)
+    assert len(stub.made) == made
+    assert [path.parts[1] for path in Path("results").rglob("samples.npz")] == ["shown"]
+    assert len(results("hidden").records()) == len(results("shown").records()) == 1
+
 def test_a_protocol_that_the_first_entry_lacks_is_computed_by_the_second(tmp_path, stub):
     other_rules = TWO.replace('"seed": "0,1"', '"seed": "0,1", "protocols": "ader"')
     (tmp_path/"plan.yaml").write_text(other_rules)
@@ -202,6 +225,24 @@ def test_images_that_must_not_be_shown_are_not_kept(make, stub):
             for store in ("first", "second")}
     assert kept["first"] - kept["second"] == {"samples.npz", "run.ipynb"} and "scores.csv" in kept["second"]
     assert "1 runs, 1 done, 0 to make" in make(not_to_be_shown, "--dry-run")[1]
+
+SHOWING = ("a/samples.npz", "a/run.ipynb", ".damaged/b/samples.npz", "c.part.ipynb")
+
+@pytest.mark.parametrize("end", [None, SpecError("gone"), FullDiskError("full"), KeyboardInterrupt()])
+def test_images_that_must_not_be_shown_go_however_the_sweep_ends(make, monkeypatch, end):
+    runs = Path("results/second/runs")
+    def sweep(study, folder, **how):
+        for name in (*SHOWING, "a/scores.csv", "c.log"):
+            (runs/name).parent.mkdir(parents=True, exist_ok=True)
+            (runs/name).touch()
+        if end: raise end
+        spec = SimpleNamespace(detector="patchcore", seed=0)
+        return Swept(study, folder, [], [Failure(spec, "it was told to", runs/"c.part.ipynb", True)])
+    monkeypatch.setattr(sweeping, "sweep", sweep)
+    monkeypatch.setattr(command_line, "end_now", lambda code: None)
+    _, _, errors = make(entry("second", "patchcore", pictures=False))
+    assert {path.name for path in runs.rglob("*.*") if path.is_file()} == {"scores.csv", "c.log"}
+    assert end or errors.endswith("it was told to; see results/second/runs/c.log\n")
 
 # --- notebooks
 
@@ -227,8 +268,23 @@ def test_a_study_without_runs_is_made_once_for_the_same_parameters(cli, tmp_path
     lines = cli("make", "plan.yaml", "--plain", "--dry-run")[1].splitlines()
     assert lines[1].endswith("done")
     assert lines[3] == "    left out: it is a notebook only, made without --plain"
-    (tmp_path/"results"/"fast"/"mine.ipynb").write_text("{")      # cut short
-    assert cli("make", "plan.yaml", "--dry-run")[1].splitlines()[1].endswith("to make")
+
+@pytest.mark.parametrize("text", [
+    "{", "{}", "[]", '{"cells": 3}', '{"cells": [{}]}',
+    *(json.dumps(dict(cells=[INJECTED | dict(source=source)]))
+      for source in ("maps = ", "maps = float('nan')", "maps += 1", "maps", 3))])
+def test_a_notebook_that_cannot_be_read_was_not_executed(tmp_path, text):
+    (tmp_path/"mine.ipynb").write_text(text)
+    assert injected_parameters(tmp_path/"mine.ipynb") == {}
+
+def test_a_sweep_of_a_study_without_runs_says_that_it_measures(cli, tmp_path):
+    (tmp_path/"mine.yaml").write_text("parameters: {maps: 3}")
+    code, _, errors = cli("sweep", "mine.yaml")
+    assert code == 2 and "mine has parameters but no notebook. write mine.ipynb beside its file" in errors
+    assert not Path("results").exists()
+    (tmp_path/"mine.ipynb").write_text("{}")
+    code, printed, _ = cli("sweep", "mine.yaml", "--dry-run")
+    assert code == 0 and printed == "a notebook that measures: to make\n"
 
 @pytest.mark.parametrize("error, code, tables", [
     (SpecError("the notebook failed", "see it"), 1, 2),
@@ -244,6 +300,29 @@ def test_a_failed_notebook_stops_nothing_but_a_full_disk_does(
     (tmp_path/"plan.yaml").write_text(TWO)
     ended, _, errors = cli("make", "plan.yaml", "--device", "cpu")
     assert ended == code and len(drawn) == tables and error.what in errors.splitlines()[-1]
+
+@pytest.mark.parametrize("command, ended", [("sweep", 2), ("make", 1)])
+def test_runs_that_failed_are_named_where_the_notebook_fails_too(
+        cli, tmp_path, stub, monkeypatch, command, ended):
+    def fails(swept, folder, **settings): raise SpecError("the notebook failed", "see it")
+    monkeypatch.setattr(command_line, "make_tables", fails)
+    monkeypatch.setattr(sweeping, "dask_here", sweeping.threads)
+    stub.failing = {"first rd4ad 0", "benchmark rd4ad 0"}
+    (tmp_path/"plan.yaml").write_text(TWO)
+    what = ["plan.yaml", "--only", "first"] if command == "make" else ["benchmark", *sweep_flags()]
+    code, _, errors = cli(command, *what, "--device", "cpu")
+    *_, run, notebook = errors.splitlines()
+    assert code == ended and "the notebook failed" in notebook
+    assert re.fullmatch("FAILED (first: )?rd4ad, seed 0: it was told to; see log", run)
+
+def test_what_failed_is_named_where_the_disk_is_full_later(cli, tmp_path, stub, monkeypatch):
+    def fails(swept, folder, **settings): raise FullDiskError("the disk is full", "make room")
+    monkeypatch.setattr(command_line, "make_tables", fails)
+    monkeypatch.setattr(sweeping, "dask_here", sweeping.threads)
+    stub.failing = {"first rd4ad 0"}
+    (tmp_path/"plan.yaml").write_text(TWO)
+    code, _, errors = cli("make", "plan.yaml", "--device", "cpu")
+    assert code == 2 and "FAILED first: rd4ad, seed 0: it was told to" in errors.splitlines()[-2]
 
 # --- a copy of a record
 

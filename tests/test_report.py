@@ -7,8 +7,11 @@ from PIL import Image
 from browser import Browser, find_browser
 from conftest import ROOT
 from mdd_bench.errors import DataError, SpecError, StoreError
-from mdd_bench.reporting.report import report
+from mdd_bench.reporting.arms import settings
+from mdd_bench.reporting.report import facts, report, rest_as_yaml
+from mdd_bench.reporting.shown import default_title, find_studies
 from mdd_bench.reporting.tables import caption, per_class, summary, write_table
+from mdd_bench.running.inventory import inventory
 from mdd_bench.running.store import Record, Store
 
 METRICS = ("I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO", "mAD")
@@ -79,6 +82,17 @@ def plain_results(tmp_path):
     "Records of runs, and nothing else."
     stub_records(tmp_path/"results")
     return tmp_path/"results"
+
+@pytest.mark.parametrize("data, name", [
+    ("/disk/mvtec", "mvtec"), ("heldout:/disk/mvtec", "heldout:mvtec"), ("heldout:embedded-v1",)*2])
+def test_drawn_defects_are_named_so_wherever_a_path_is_shortened(tmp_path, data, name):
+    record = stub_record(tmp_path, 1, data=data)
+    [study] = find_studies(tmp_path)
+    [item] = inventory(tmp_path)
+    assert settings(record)["data"] == facts([record])["Data"] == name
+    assert f"\n  data: {name}\n" in rest_as_yaml(record)
+    assert default_title(study) == f"alpha on {name}"
+    assert item.about == f"alpha, {name}, seed 0"
 
 # --- reading a page
 
@@ -268,8 +282,13 @@ def test_a_half_written_record(tmp_path):
     with pytest.raises(StoreError, match="cannot read .*00000000000a/record.json"): report(folder)
     assert not (folder/"report.html").exists()
 
-def test_a_damaged_notebook(study):
-    (study/"fabrics.ipynb").write_text('{"cells": [')
+@pytest.mark.parametrize("text", [
+    '{"cells": [', "[]", '{"cells": null}', '{"cells": {"a": 1}}', '{"cells": [{}]}',
+    '{"cells": [{"cell_type": "code", "metadata": {}}]}',
+    *(json.dumps(dict(cells=[code_cell("", output)]))
+      for output in ({}, dict(output_type="stream"), dict(output_type="error"), shown("text/html", None)))])
+def test_a_damaged_notebook(study, text):
+    (study/"fabrics.ipynb").write_text(text)
     with pytest.raises(StoreError, match="cannot read the notebook .*fabrics.ipynb"): report(study)
 
 def test_a_damaged_picture_in_the_notebook(tmp_path):

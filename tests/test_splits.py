@@ -581,6 +581,11 @@ def test_the_command_draws_and_writes(cli, folder, tmp_path):
     code, out, _ = cli("labels", folder, "--labelled", 2, "--hold-out", 4, "--out", tmp_path/"m.json")
     assert code == 0 and "labelled" in out and read_manifest(tmp_path/"m.json")["hold_out"] == 4
 
+def test_the_command_writes_no_manifest_without_labels(cli, folder, tmp_path):
+    code, out, err = cli("labels", folder, "--out", tmp_path/"m.json")
+    assert code == 2 and not out and not (tmp_path/"m.json").exists()
+    assert "m.json: no anomaly is labelled or held out. give --labelled or --hold-out" in err
+
 def test_the_command_checks_a_manifest(cli, folder, file):
     code, out, _ = cli("labels", folder, "--manifest", file)
     assert code == 0 and read_manifest(file)["test_hash"] in out

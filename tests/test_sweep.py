@@ -9,7 +9,7 @@ import torch
 from conftest import sweep_flags
 from tqdm import tqdm
 from mdd_bench.data.loading import AHEAD, prefetched
-from mdd_bench.errors import TrainingError
+from mdd_bench.errors import SpecError, TrainingError
 from mdd_bench.running import cluster, training
 from mdd_bench.running import sweep as sweeping
 from mdd_bench.running.cluster import threads
@@ -18,6 +18,7 @@ from mdd_bench.running.inventory import inventory, prune
 from mdd_bench.running.job import Failure
 from mdd_bench.running.locks import SILENCE, Holder, Lock, take_away
 from mdd_bench.running.store import Record, Store
+from mdd_bench.running.study import load_study
 from mdd_bench.running.sweep import Queue, Underway, in_order
 from stub_runs import Progress, log_of, planned
 
@@ -320,6 +321,22 @@ def test_what_has_changed_since_the_list_is_not_deleted(tmp_path):
     assert (store.folder(damaged)/"checkpoint.pt").exists()
 
 # --- what a sweep finds
+
+TWINS = """
+base: {data: embedded-v1-smoke, size: 64, weights: lite0, layers: [1, 2], detector: patchcore}
+arms: {default: {}, five: {neighbours: 5}, written out: {neighbours: 9}}
+"""
+
+def test_two_arms_that_are_one_run_are_refused(tmp_path, cli):
+    (tmp_path/"twins.yaml").write_text(TWINS)
+    code, _, printed = cli("sweep", "twins.yaml", "--dry-run")
+    assert code == 2
+    assert re.search("the arms 'default' and 'written out' are the same run, [0-9a-f]{12}. remove", printed)
+    with pytest.raises(SpecError, match="'default' and 'written out'"): load_study("twins.yaml").names()
+    assert list(load_study("twins.yaml", arms="default,five").names().values()) == ["default", "five"]
+
+def test_an_axis_without_values_is_refused():
+    with pytest.raises(SpecError, match="seed of the study labels has no"): load_study("labels", seed=[])
 
 def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_run(tmp_path, cli):
     (tmp_path/"file").touch()

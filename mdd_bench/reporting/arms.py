@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from ..errors import SpecError, unknown
+from ..running.store import data_name
 
 # %% ../../nbs/reporting/60a_arms.ipynb #5eca6403
 def _file_hashes(record):
@@ -30,8 +31,7 @@ def settings(
     "Return everything that the numbers of a record depend on, the seed included."
     apart = ("options", "protocols", "layout", "masks", "skip_broken")     # these last: in the fingerprint
     flat = {name: value for name, value in record.spec.items() if name not in apart}
-    for name in ("data", "weights"):
-        flat[name] = Path(flat[name]).name
+    flat |= dict(data=data_name(flat["data"]), weights=Path(flat["weights"]).name)
     for name, value in record.spec["options"].items():
         flat[f"options.{name}"] = value
     return flat | _file_hashes(record)

@@ -7,13 +7,13 @@ __all__ = ['HELDOUT', 'HALVES', 'OF_THE_DATA', 'INDEX', 'is_heldout', 'source_of
            'differences', 'pair_up', 'varying', 'telling_apart', 'configuration_names', 'named_pairs', 'paired_scores']
 
 # %% ../../nbs/reporting/63d_pairs.ipynb #0807f2f3
-from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from ..errors import SpecError, unknown
 from .arms import SEEDS, comparison_key, printed, scores_of, settings
 from .statistics import check_same_test
+from ..running.store import data_name
 
 # %% ../../nbs/reporting/63d_pairs.ipynb #5cedd56e
 HELDOUT = "heldout:"               # before the name of a dataset: made of its training images
@@ -26,7 +26,7 @@ def is_heldout(record) -> bool:
 
 def source_of(record) -> str:
     "The name of the dataset whose images a record has seen, for both halves."
-    return Path(record.spec["data"].removeprefix(HELDOUT)).name
+    return data_name(record.spec["data"]).removeprefix(HELDOUT)
 
 def configuration(record) -> dict:
     "The settings of a record without the data, what follows from them, and the seeds."

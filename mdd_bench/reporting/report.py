@@ -26,7 +26,7 @@ from .origins import link_grid, read_origins, with_records
 from .shown import Shown, StudyFolder, find_studies, show_study
 from .tables import TABLE_METRICS
 from .web import Grid, Heading, Picture, figure, fill, table
-from ..running.store import make_folder
+from ..running.store import data_name, make_folder
 
 # %% ../../nbs/reporting/64d_report.ipynb #4986f52d
 class Page:
@@ -248,8 +248,8 @@ def class_tables(record) -> Markup:
 
 def rest_as_yaml(record) -> str:
     "The spec, the cost and the provenance of a record."
-    paths = [name for name in ("data", "weights", "manifest") if record.spec[name]]
-    short = {name: Path(record.spec[name]).name for name in paths}
+    paths = [name for name in ("weights", "manifest") if record.spec[name]]
+    short = {name: Path(record.spec[name]).name for name in paths} | dict(data=data_name(record.spec["data"]))
     content = dict(spec=record.spec | short, cost=record.cost, provenance=record.provenance)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import StoreError
 from .locks import Lock
 from .runtime import failure_reason
-from .store import Store, find_damage, make_folder, read_record
+from .store import Store, data_name, find_damage, make_folder, read_record
 
 # %% ../../nbs/running/57c_inventory.ipynb #a76339bc
 PRUNED = ("half done", "failed", "damaged")
@@ -53,7 +53,7 @@ def run_item(
     damage = find_damage(folder)
     if damage: return Item(store, folder, "damaged", damage)
     spec = read_record(folder).spec
-    about = [spec.get("detector"), Path(spec.get("data", "")).name, f"seed {spec.get('seed')}"]
+    about = [spec.get("detector"), data_name(spec.get("data", "")), f"seed {spec.get('seed')}"]
     return Item(store, folder, "complete", ", ".join(map(str, about)))
 
 def leftover(store: Store, path: Path) -> Item | None:

@@ -16,7 +16,7 @@ from .processes import Child, warm_process
 from .run import run
 from .runtime import Runtime, failure_reason
 from .spec import RunSpec
-from .store import Store, find_damage, find_model
+from .store import MODEL, Store, find_damage, find_model
 from .study import study_path
 
 # %% ../../nbs/running/58f_job.ipynb #fe3c7d71
@@ -30,6 +30,7 @@ class Job:
     out: str         # results folder
     plain: bool      # without a notebook
     settings: dict   # device, workers, cache_gb, keep_model
+    pictures: bool = True    # whether what shows test images is kept
 
     @property
     def store(self) -> Store:
@@ -51,6 +52,16 @@ class Job:
         if not self.has_record() or self.unfinished()[0].is_file(): return False
         if not self.settings["keep_model"]: return True
         return find_model(self.store, self.run_id, self.training_id) is not None
+
+    def is_served(self, protocols, model: bool, pictures: bool) -> bool:
+        "Whether a record with these protocols, and perhaps a model and pictures, has all that is asked for."
+        enough = set(self.spec.protocols) <= set(protocols)
+        return enough and model >= self.settings["keep_model"] and pictures >= self.pictures
+
+    def unwanted(self) -> list[str]:
+        "The files of a record that a copy for this job leaves out."
+        pictures = [] if self.pictures else ["samples.npz", "run.ipynb"]
+        return pictures if self.settings["keep_model"] else [MODEL, *pictures]
 
 # %% ../../nbs/running/58f_job.ipynb #d62a3a6d
 def run_plainly(
@@ -97,6 +108,11 @@ class Failure:
     reason: str     # one line
     details: Path   # a file with its output: the unfinished notebook, or a log
     final: bool     # it would fail again: the run is impossible, or its loss explodes
+
+    @property
+    def log(self) -> Path:
+        "The file with its output that is kept even where the notebook, which has pictures, is not."
+        return self.details.with_name(self.details.name.replace(".part.ipynb", ".log"))
 
 def write_failure(
     job: Job,

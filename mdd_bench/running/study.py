@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'YAML', 'SETTINGS', 'studies_folder', 'list_studies', 'study_path', 'own_options', 'detector_name',
-           'grid_points', 'largest_hold_out', 'NamedSpec', 'Study', 'axis_values', 'typed_parameter', 'choose_arms',
-           'set_parameter', 'read_yaml', 'yaml_content', 'check_mapping', 'checked_axis', 'read_study',
+           'grid_points', 'largest_hold_out', 'NamedSpec', 'note_arm', 'Study', 'axis_values', 'typed_parameter',
+           'choose_arms', 'set_parameter', 'read_yaml', 'yaml_content', 'check_mapping', 'checked_axis', 'read_study',
            'notebook_parameters', 'study_notebook', 'parameter_names', 'one_length', 'load_study', 'parameter_cell',
            'given', 'describe_study']
 
@@ -83,6 +83,17 @@ class NamedSpec(NamedTuple):
     arm: str | None   # the name of its arm; None in a study without arms
     spec: RunSpec
 
+def note_arm(
+    names: dict,      # {run id: arm} of the runs before, changed in place
+    run_id: str,
+    arm: str | None,
+):
+    "Note the arm of a run; raises `SpecError` where another arm has the same run."
+    other = names.setdefault(run_id, arm)
+    if other == arm: return
+    problem = f"the arms {other!r} and {arm!r} are the same run, {run_id}"
+    raise SpecError(problem, "remove one of them, or give it other options")
+
 # %% ../../nbs/running/58a_study.ipynb #802b5575
 @dataclass
 class Study:
@@ -113,9 +124,10 @@ class Study:
         return [named.spec for named in self.named_specs()]
 
     def names(self) -> dict[str, str | None]:
-        "{run id: arm} of every run, as tables and plots take it."
-        opened = {}
-        return {resolve(spec, opened).run_id: arm for arm, spec in self.named_specs()}
+        "{run id: arm} of every run, as tables and plots take it; raises `SpecError` as `note_arm`."
+        names, opened = {}, {}
+        for arm, spec in self.named_specs(): note_arm(names, resolve(spec, opened).run_id, arm)
+        return names
 
 # %% ../../nbs/running/58a_study.ipynb #b4cc84ab
 PATHS = ("data", "weights", "manifest")     # may be a path, in which a comma separates nothing
@@ -168,6 +180,7 @@ def set_parameter(
         return
     declared = spec_options()[name]
     values = [typed_value(declared, value)] if name == "options" else axis_values(declared, value)
+    if not values: raise SpecError(f"{name} of the study {study.name} has no values", "give some")
     if name not in study.grid and len(values) == 1: study.base[name] = values[0]
     else:
         study.grid[name] = values
