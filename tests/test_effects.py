@@ -86,7 +86,7 @@ DETAILS = """\
 - Data `fabrics`, fingerprint d1
 - Protocol `exact`; F1max uses the best threshold on the test set
 - The same in all rows: trained 10 epochs (100 steps); size 128; resize stretch; setting unified; \
-backbone resnet18; weights pretrained; layers 2,3; labelled 0; scheme pooled; batch 16; weights_hash w1; \
+backbone resnet18; weights pretrained; layers 2,3; labelled 0; batch 16; weights_hash w1; \
 seeds 0, 1
 - Statistics: interval from 20 draws of the seeds for each resample of the test images, the same images in \
 both arms; p of Wilcoxon's signed ranks over classes, seeds averaged, exact; Holm over all rows

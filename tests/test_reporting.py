@@ -396,6 +396,15 @@ def test_costs_are_medians_as_recorded():
         costs([record("a"), record("b", size=256)])
 
 
+def test_a_scheme_counts_where_something_is_drawn_by_it():
+    "A run without labels may be shared by studies of several schemes."
+    def of(labelled, *schemes): return [record("a", seed, labelled=labelled, scheme=scheme)
+                                        for seed, scheme in enumerate(schemes)]
+    comparable([*of(0, "pooled", "from_classes"), *of(5, "from_classes")], ["detector", "labelled"])
+    with pytest.raises(SpecError, match="several values of scheme: pooled .*; one_kind"):
+        comparable(of(5, "pooled", "one_kind"))
+
+
 def test_a_table_of_costs_says_on_what_they_were_measured_and_how_it_was_made():
     records = [record("a", seed, provenance=dict(threads=n)) for seed, n in enumerate((1, 1, 8))]
     for r in records:
@@ -403,6 +412,7 @@ def test_a_table_of_costs_says_on_what_they_were_measured_and_how_it_was_made():
                       bytes_test_without_backbone=3*2**20, device="cpu", features="cached")
     assert cost_caption(records[:2]) == (
         "What the runs on `embedded-v1` took when they were made, medians over two seeds, on cpu, 1 thread. "
+        "Times of runs that were made side by side say little; sizes are exact. "
         "ResNet-18 features of strides 4, 8 and 16 at 128 px.")
     assert "on several machines, whose times cannot be compared." in cost_caption(records)
     assert "took when they were made, on cpu" in cost_caption(records[:1])

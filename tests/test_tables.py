@@ -84,7 +84,7 @@ DETAILS = """\
 - Data `fabrics`, fingerprint d1
 - Protocol `exact`; F1max uses the best threshold on the test set
 - The same in all rows: size 128; resize stretch; setting unified; backbone resnet18; weights pretrained; \
-layers 2,3; labelled 0; scheme pooled; batch 16; weights_hash w1
+layers 2,3; labelled 0; batch 16; weights_hash w1
 - Not converged: ours_v2 (100 of 500 steps)
 - Versions: mdd_bench 0.1.0; torch 2.9.0; commits 0123456
 - Not verified against published numbers: alpha, beta, ours_v2

@@ -32,6 +32,7 @@ def settings(
     apart = ("options", "protocols", "layout", "masks", "skip_broken")     # these last: in the fingerprint
     flat = {name: value for name, value in record.spec.items() if name not in apart}
     flat |= dict(data=data_name(flat["data"]), weights=Path(flat["weights"]).name)
+    if not flat["labelled"]: flat["scheme"] = None      # nothing is drawn by it
     for name, value in record.spec["options"].items():
         flat[f"options.{name}"] = value
     return flat | _file_hashes(record)
@@ -72,6 +73,7 @@ FOLLOWS = {                      # {setting: the settings that it may follow}
     "data_fingerprint": ("data", "classes"),
     "weights_hash": ("backbone", "weights", "layers"),
     "labelled": ("label_classes",),
+    "scheme": ("labelled",),
     "test_hash": ("data", "classes", "label_seed"),
 }
 

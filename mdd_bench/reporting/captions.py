@@ -102,7 +102,8 @@ def _labels(records, by):
     "The sentence on labelled anomalies; none for records without them."
     if not any("labels" in record.provenance for record in records): return []
     common = shared(records, by)
-    scheme = f" by scheme `{common['scheme']}`" if "scheme" in common else ""
+    schemes = {record.spec["scheme"] for record in records if record.spec["labelled"]}
+    scheme = f" by scheme `{schemes.pop()}`" if len(schemes) == 1 else ""
     numbers = sorted({record.spec["labelled"] for record in records} - {0})
     number = f", N = {numbers[0]}" if len(numbers) == 1 and "labelled" not in arm_columns(by) else ""
     held = common.get("hold_out")
