@@ -115,14 +115,21 @@ def spec_flags(
         return command
     return decorate
 
+# %% ../nbs/cli.ipynb #8bc60c6b
 def as_options(
     pairs: list[str],       # name=value
     flag: str = "--option", # that they were given with, for the message
 ) -> dict:                  # name -> text
-    "['a=1', 'b=x'] as a dictionary; raises `SpecError` for a pair without '='."
+    "['a=1', 'b=x'] as a dictionary; raises `SpecError` for a pair without '=', and for a name given twice."
+    options = {}
     for pair in pairs:
-        if "=" not in pair: raise SpecError(f"{flag} {pair}", f"write {flag} name=value")
-    return dict(pair.split("=", 1) for pair in pairs)
+        name, equals, value = pair.partition("=")
+        if not equals: raise SpecError(f"{flag} {pair}", f"write {flag} name=value")
+        if name in options:
+            remedy = "give it once" if flag == "--option" else f"write {flag} {name}={options[name]},{value}"
+            raise SpecError(f"{flag} {name} is given twice", remedy)
+        options[name] = value
+    return options
 
 # %% ../nbs/cli.ipynb #2746114a
 def print_layouts():
@@ -446,6 +453,7 @@ def sweep(
     if not (dry_run or scheduler): warm_process.open_again()     # it imports while this process does
     import mdd_bench.running.sweep as sweeping
     from mdd_bench.running.study import load_study
+    sweeping.check_places(jobs, scheduler)
     chosen = load_study(study, **as_options(p, "-p"))
     folder = out.expanduser()/chosen.name
     settings = dict(device=device, workers=workers, cache_gb=cache_gb, keep_model=keep_model)
@@ -510,6 +518,8 @@ def make_command(
     Its entries have study, out (a folder below --out) and, if needed, parameters, needs, keep_model, why.
     """
     from mdd_bench.running.plan import describe_entries, plan_entries, read_plan
+    from mdd_bench.running.sweep import check_places
+    check_places(jobs, scheduler)
     settings = dict(device=device, workers=workers, cache_gb=cache_gb)
     at = dict(jobs=jobs, scheduler=scheduler)
     planned = plan_entries(read_plan(plan), only, out, plain, settings)

@@ -213,6 +213,9 @@ def test_the_help_of_run_names_types(run_help, group, flag, words):
     (["benchmrk"], "Did you mean 'benchmark'"),
     (["benchmark", "-p", "epoch=1"], "Did you mean 'epochs'"),
     (["benchmark", "-p", "epochs"], "name=value"),
+    (["benchmark", "-p", "seed=0", "-p", "seed=1"], "-p seed is given twice. write -p seed=0,1"),
+    (["benchmrk", "--jobs", "2", "--scheduler", "tcp://nowhere:1"], "jobs with a scheduler"),
+    (["benchmark", "--jobs", "2", "--scheduler", "tcp://nowhere:1", "--dry-run"], "jobs with a scheduler"),
     (["benchmark", "-p", "detector=rd4ad,mddnett"], "Did you mean 'mddnet'"),
     (["benchmark", "-p", "size=64,large"], "size='large'"),
     (["benchmark", "-p", "arms=a"], "'arms'"),
@@ -333,6 +336,10 @@ def test_a_detector_in_a_file_has_options(cli, mine, tmp_path):
         return error_line(err)
     assert "unknown option of" in error_of("gian=2") and "Did you mean 'gain'" in error_of("gian=2")
     assert "gain=-1.0. give a number of at least 0" in error_of("gain=-1")
+
+def test_an_option_is_given_once(cli):
+    code, _, err = cli("run", *run_flags(detector="dmad"), "--option", "bank=both", "--option", "bank=normal")
+    assert code == 2 and "--option bank is given twice. give it once" in error_line(err)
 
 def test_a_detector_in_a_file_can_be_swept(shell, mine, tmp_path):
     parameters = sweep_flags(detector=["mine.py:Mine", "patchcore"])

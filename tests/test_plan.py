@@ -153,6 +153,11 @@ def test_a_plan_with_a_mistake_is_refused_before_the_first_run(make, stub, text,
     assert code == 2 and re.search(words, errors) and len(errors.splitlines()) == 1, errors
     assert not Path("results").exists()
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_jobs_with_a_scheduler_are_refused_once_before_the_plan_is_read(cli, dry_run):
+    code, _, errors = cli("make", "nowhere.yaml", "--jobs", "2", "--scheduler", "tcp://nowhere:1", *dry_run)
+    assert code == 2 and errors == "error: jobs with a scheduler. its workers decide how many there are\n"
+
 def test_a_plan_that_is_not_there(make, cli):
     code, _, errors = cli("make", "nowhere.yaml")
     assert code == 2 and "cannot read nowhere.yaml" in errors

@@ -7,8 +7,8 @@ __all__ = ['SEEN_AFTER', 'SWEPT', 'run_label', 'Planned', 'no_runs', 'check_swee
            'plan_sweep', 'keeping_model', 'by_training', 'expected_seconds', 'time_in_words', 'state_of',
            'describe_plan', 'describe_work', 'weights_of', 'expect_again', 'awaited_record', 'SweepBar', 'Underway',
            'abandon', 'in_order', 'Starter', 'Settler', 'Queue', 'outcome_of', 'Swept', 'records_of', 'paths_of',
-           'crew_for', 'copy_records', 'sweep', 'make_missing', 'found', 'sweep_notebook', 'without_timing',
-           'execute_study']
+           'check_places', 'crew_for', 'copy_records', 'sweep', 'make_missing', 'found', 'sweep_notebook',
+           'without_timing', 'execute_study']
 
 # %% ../../nbs/running/59_sweep.ipynb #1adbe548
 import json, os, sys, tempfile, time, traceback
@@ -378,6 +378,11 @@ def paths_of(planned: list[Planned]) -> list[str]:
     paths = [str(Path(name).expanduser()) for name in named if name]
     return sorted(path for path in paths if Path(path).exists())
 
+# %% ../../nbs/running/59_sweep.ipynb #3cd7bc92
+def check_places(jobs: int | None, scheduler: str | None):
+    "Raise `SpecError` for a number of runs at once where the workers of a scheduler decide it."
+    if scheduler and jobs: raise SpecError("jobs with a scheduler", "its workers decide how many there are")
+
 def crew_for(
     scheduler: str | None,   # the address of a Dask scheduler; None: this machine
     plain: bool,             # without papermill and Dask
@@ -416,7 +421,7 @@ def sweep(
     Raises an `MddBenchError` before the first run for an impossible one, and later for what no run can help,
     such as a scheduler that is gone.
     """
-    if scheduler and jobs: raise SpecError("jobs with a scheduler", "its workers decide how many there are")
+    check_places(jobs, scheduler)
     out = Path(out).expanduser()
     settings = dict(device=device or None, workers=workers, cache_gb=cache_gb, keep_model=keep_model)
     planned = plan_sweep(study, out, plain, settings, elsewhere)
