@@ -472,7 +472,7 @@ def make_entry(planned, failures: list[str], plain: bool, at: dict, **settings):
     from mdd_bench.running.plan import remove_pictures
     entry, folder = planned.entry, planned.folder
     settings |= dict(keep_model=entry.keep_model)
-    how = settings | at | dict(plain=plain, elsewhere=planned.elsewhere)
+    how = settings | at | dict(plain=plain, elsewhere=planned.elsewhere, pictures=entry.pictures)
     try: swept = sweeping.sweep(planned.study, folder, **how)
     finally:
         if not entry.pictures: remove_pictures(folder)

@@ -196,6 +196,22 @@ def test_a_model_that_is_to_be_kept_is_not_taken_from_where_it_was_not(make, stu
     make(entry("third", "patchcore", keep_model=True) + entry("second", "patchcore", keep_model=True))
     assert len(stub.made) == 2 and list(Path("results/third").rglob("model.safetensors"))
 
+def test_a_copy_has_no_model_that_nobody_asked_for(make, stub):
+    make(entry("first", "patchcore", keep_model=True) + entry("second", "patchcore"))
+    assert stub.made == ["first patchcore 0"] and len(results("second").records()) == 1
+    assert [path.parts[1] for path in Path("results").rglob("model.safetensors")] == ["first"]
+
+HIDDEN, SHOWN = entry("hidden", "patchcore", pictures=False), entry("shown", "patchcore")
+
+@pytest.mark.parametrize("text, again, made", [
+    (HIDDEN, SHOWN, 2), (HIDDEN + SHOWN, "", 2), (SHOWN, HIDDEN, 1), (SHOWN + HIDDEN, "", 1)])
+def test_an_entry_with_pictures_is_not_served_by_a_copy_without_them(make, stub, text, again, made):
+    make(text)
+    if again: make(text + again)
+    assert len(stub.made) == made
+    assert [path.parts[1] for path in Path("results").rglob("samples.npz")] == ["shown"]
+    assert len(results("hidden").records()) == len(results("shown").records()) == 1
+
 def test_a_protocol_that_the_first_entry_lacks_is_computed_by_the_second(tmp_path, stub):
     other_rules = TWO.replace('"seed": "0,1"', '"seed": "0,1", "protocols": "ader"')
     (tmp_path/"plan.yaml").write_text(other_rules)

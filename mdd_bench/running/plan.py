@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'Entry', 'entry_options', 'naming', 'read_entry', 'study_of', 'read_plan', 'chosen_entries',
-           'injected_parameters', 'is_executed', 'PlannedEntry', 'reason_to_leave_out', 'plan_entry', 'serves',
-           'share_runs', 'plan_entries', 'describe_entry', 'describe_total', 'describe_entries', 'remove_pictures']
+           'injected_parameters', 'is_executed', 'PlannedEntry', 'reason_to_leave_out', 'plan_entry', 'share_runs',
+           'plan_entries', 'describe_entry', 'describe_total', 'describe_entries', 'remove_pictures']
 
 # %% ../../nbs/running/59a_plan.ipynb #16dd7787
 import ast, json
@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from ..errors import MddBenchError, SpecError, unknown
 from ..options import Option, checked_value
-from .job import Job
+from .job import serves
 from .spec import spec_field
 from .study import Study, check_mapping, load_study, read_yaml
 from .sweep import (
@@ -160,21 +160,18 @@ def plan_entry(
     if not planned.executed: planned.left_out = reason_to_leave_out(entry, study, plain)
     if planned.executed or planned.left_out: return planned
     settings = settings | dict(keep_model=entry.keep_model)
-    with naming(entry.out): planned.runs = plan_sweep(study, folder, plain, settings, elsewhere)
+    asked = study, folder, plain, settings, elsewhere, entry.pictures
+    with naming(entry.out): planned.runs = plan_sweep(*asked)
     return planned
 
 # %% ../../nbs/running/59a_plan.ipynb #de2b35c2
-def serves(first: Job, second: Job) -> bool:
-    "Whether the record that a job will make is all that another job of the same run asks for."
-    keeps = first.settings["keep_model"] or not second.settings["keep_model"]
-    return keeps and set(second.spec.protocols) <= set(first.spec.protocols)
-
 def share_runs(planned: list[PlannedEntry]):
     "Have each run made by the first entry that needs it; the later ones copy its record."
     first = {}
     for p in [p for of_entry in planned for p in missing_runs(of_entry.runs)]:
         job = first.setdefault(p.job.run_id, p.job)
-        if job is not p.job and serves(job, p.job): p.source = job.store.folder(job.run_id)
+        enough = serves(job.spec.protocols, job.settings["keep_model"], job.pictures, p.job)
+        if enough and job is not p.job: p.source = job.store.folder(job.run_id)
 
 def plan_entries(
     entries: list[Entry],   # of the whole plan

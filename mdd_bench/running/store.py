@@ -234,14 +234,16 @@ def quarantine(
 def copy_record(
     folder: Path,   # of a sound record
     store: Store,   # that gets the copy, unless it has a record of that run
+    without=(),     # names of files that are not wanted
 ):
-    "Copy all files of a record; `record.json` comes last, as when a run is made."
+    "Copy the files of a record; `record.json` comes last, as when a run is made."
     with store.claim(folder.name) as own:
         if store.has(folder.name): return
         shutil.rmtree(own)
         own.mkdir()
         for path in folder.iterdir():
-            if path.is_file() and path.name != "record.json": shutil.copy2(path, own)
+            wanted = path.is_file() and path.name not in ("record.json", *without)
+            if wanted: shutil.copy2(path, own)
         shutil.copy2(folder/"record.json", own/"record.part")
         (own/"record.part").replace(own/"record.json")
 

@@ -23,11 +23,12 @@ from ..errors import MddBenchError, SpecError
 from .cluster import Crew, dask_at, dask_here, places_here, threads
 from .forecast import Forecast, earlier_records, in_words, steps_of
 from .identity import Resolved, resolve
-from .job import NOTEBOOK, Failure, Job, finish, make_record, write_failure
+from .job import (
+    NOTEBOOK, Failure, Job, finish, make_record, serves, unwanted, write_failure)
 from .locks import Lock
 from .processes import warm_process
 from .runtime import BAR, failure_reason, read_progress
-from .store import MODEL, Record, Store, copy_record, make_folder
+from .store import MODEL, Record, Store, copy_record, find_damage, make_folder
 from mdd_bench.running.study import (
     SETTINGS, NamedSpec, Study, detector_name, given, load_study, note_arm, notebook_parameters,
     study_notebook)
@@ -88,11 +89,11 @@ def record_elsewhere(
 ) -> Path | None:
     "The folder of a record that serves a job, in another results folder; None where there is none."
     if job.store.has(job.run_id): return None
-    for out in folders:
-        other = replace(job, out=str(out))
-        folder = other.store.folder(job.run_id)
-        whole = (folder/MODEL).is_file() or not job.settings["keep_model"]
-        if whole and other.has_record(): return folder
+    for store in map(Store, folders):
+        folder = store.folder(job.run_id)
+        if not store.has(job.run_id) or find_damage(folder): continue
+        model, pictures = (folder/MODEL).is_file(), (folder/"samples.npz").is_file()
+        if serves(store.load(job.run_id).metrics, model, pictures, job): return folder
     return None
 
 def missing_runs(planned: list[Planned]) -> list[Planned]:
@@ -114,6 +115,7 @@ def plan_sweep(
     plain: bool,       # without notebooks
     settings: dict,    # device, workers, cache_gb, keep_model
     elsewhere=(),      # other results folders, whose records are copied instead of made
+    pictures: bool = True,  # whether copies must have what shows test images; if not, they leave it out
 ) -> list[Planned]:
     "All runs of a study, each once; raises an `MddBenchError` for one that cannot be."
     named, planned, out = study.named_specs(), {}, Path(out).absolute()
@@ -123,7 +125,7 @@ def plan_sweep(
         resolved = resolve(n.spec, opened)
         note_arm(names, resolved.run_id, n.arm)
         label = run_label(study, n)
-        job = Job(n.spec, resolved.run_id, resolved.training_id, label, str(out), plain, settings)
+        job = Job(n.spec, resolved.run_id, resolved.training_id, label, str(out), plain, settings, pictures)
         done, source = job.is_done(), record_elsewhere(job, elsewhere)
         planned[job.run_id] = Planned(job, resolved, done, steps_of(resolved), None, source)
     expect(list(planned.values()), Forecast(earlier_records(out, *elsewhere)))
@@ -400,7 +402,7 @@ def copy_records(planned: list[Planned]):
     "Copy the records that are in another results folder."
     for p in planned:
         if not p.source: continue
-        copy_record(p.source, p.job.store)
+        copy_record(p.source, p.job.store, unwanted(p.job))
         p.done, p.source = p.job.is_done(), None
 
 # %% ../../nbs/running/59_sweep.ipynb #299e0b00
@@ -415,6 +417,7 @@ def sweep(
     jobs: int | None = None,   # how many runs at once; None: as many as fit
     scheduler: str | None = None,  # the address of a Dask scheduler; None: this machine makes the runs
     elsewhere=(),              # other results folders, whose records are copied instead of made
+    pictures: bool = True,     # whether copies must have what shows test images; if not, they leave it out
 ) -> Swept:
     """Make the records of a study that are missing.
 
@@ -424,7 +427,7 @@ def sweep(
     check_places(jobs, scheduler)
     out = Path(out).expanduser()
     settings = dict(device=device or None, workers=workers, cache_gb=cache_gb, keep_model=keep_model)
-    planned = plan_sweep(study, out, plain, settings, elsewhere)
+    planned = plan_sweep(study, out, plain, settings, elsewhere, pictures)
     copy_records(planned)
     missing, failures = missing_runs(planned), []
     if missing: failures = make_missing(missing, out, crew_for(scheduler, plain, device, jobs, missing, out))
