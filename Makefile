@@ -20,17 +20,18 @@ results: .venv/.demo
 	OMP_NUM_THREADS=1 mdd_bench make results/plan.yaml $(FLAGS)
 
 # Our numbers beside published ones: the backbone of RD4AD and PatchCore, 256 pixels, whole recipes; hours on a GPU. MVTEC or VISA names the folder
-# of the data. Without it they are fetched, once their licence is agreed to (ACCEPT_LICENCE=1). FLAGS are further flags of the sweep, e.g. "-p seed=0,1,2".
-PUBLISHED := -p detector=patchcore,rd4ad,simplenet,mddnet -p weights=pretrained \
-	-p size=256 -p epochs=none -p seed=0 -p protocols=exact,ader
+# of the data. Without it they are fetched, once their licence is agreed to (ACCEPT_LICENCE=1). FLAGS are further flags of the sweep; a -p
+# among them, e.g. "-p seed=0,1,2", stands for the one here.
+PUBLISHED := detector=patchcore,rd4ad,simplenet,mddnet weights=pretrained size=256 epochs=none seed=0 protocols=exact,ader
+published = $(foreach p,$(PUBLISHED),$(if $(findstring -p $(firstword $(subst =, ,$(p)))=,$(FLAGS)),,-p $(p)))
 fetch = mdd_bench download $(1) $(if $(ACCEPT_LICENCE),--accept-licence,|| { echo 'with make: ACCEPT_LICENCE=1'; exit 1; })
 mvtec: .venv/.demo
 	$(if $(MVTEC),,$(call fetch,mvtec-ad))
-	mdd_bench sweep benchmark -p data="$(or $(MVTEC),data/mvtec-ad)" $(PUBLISHED) --out results/mvtec-ad $(FLAGS)
+	mdd_bench sweep benchmark -p data="$(or $(MVTEC),data/mvtec-ad)" $(published) --out results/mvtec-ad $(FLAGS)
 
 visa: .venv/.demo
 	$(if $(VISA),,$(call fetch,visa))
-	mdd_bench sweep benchmark -p data="$(or $(VISA),data/visa)" $(PUBLISHED) --out results/visa $(FLAGS)
+	mdd_bench sweep benchmark -p data="$(or $(VISA),data/visa)" $(published) --out results/visa $(FLAGS)
 
 test: .venv/.installed lint check-notebooks
 	OMP_NUM_THREADS=1 pytest -q -n 2 -m "not slow"

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from ..errors import MddBenchError, SpecError, unknown
 from ..options import Option, checked_value
+from .job import serves
 from .spec import spec_field
 from .study import Study, check_mapping, load_study, read_yaml
 from .sweep import (
@@ -169,8 +170,8 @@ def share_runs(planned: list[PlannedEntry]):
     first = {}
     for p in [p for of_entry in planned for p in missing_runs(of_entry.runs)]:
         job = first.setdefault(p.job.run_id, p.job)
-        served = p.job.is_served(job.spec.protocols, job.settings["keep_model"], job.pictures)
-        if served and job is not p.job: p.source = job.store.folder(job.run_id)
+        enough = serves(job.spec.protocols, job.settings["keep_model"], job.pictures, p.job)
+        if enough and job is not p.job: p.source = job.store.folder(job.run_id)
 
 def plan_entries(
     entries: list[Entry],   # of the whole plan

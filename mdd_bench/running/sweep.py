@@ -23,7 +23,8 @@ from ..errors import MddBenchError, SpecError
 from .cluster import Crew, dask_at, dask_here, places_here, threads
 from .forecast import Forecast, earlier_records, in_words, steps_of
 from .identity import Resolved, resolve
-from .job import NOTEBOOK, Failure, Job, finish, make_record, write_failure
+from .job import (
+    NOTEBOOK, Failure, Job, finish, make_record, serves, unwanted, write_failure)
 from .locks import Lock
 from .processes import warm_process
 from .runtime import BAR, failure_reason, read_progress
@@ -92,7 +93,7 @@ def record_elsewhere(
         folder = store.folder(job.run_id)
         if not store.has(job.run_id) or find_damage(folder): continue
         model, pictures = (folder/MODEL).is_file(), (folder/"samples.npz").is_file()
-        if job.is_served(store.load(job.run_id).metrics, model, pictures): return folder
+        if serves(store.load(job.run_id).metrics, model, pictures, job): return folder
     return None
 
 def missing_runs(planned: list[Planned]) -> list[Planned]:
@@ -401,7 +402,7 @@ def copy_records(planned: list[Planned]):
     "Copy the records that are in another results folder."
     for p in planned:
         if not p.source: continue
-        copy_record(p.source, p.job.store, p.job.unwanted())
+        copy_record(p.source, p.job.store, unwanted(p.job))
         p.done, p.source = p.job.is_done(), None
 
 # %% ../../nbs/running/59_sweep.ipynb #299e0b00
