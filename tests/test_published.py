@@ -211,7 +211,7 @@ def test_committed_records_have_nothing_beside_them():
     "Ours are of data that nobody has published on."
     from conftest import ROOT
     from mdd_bench.running.store import load_records
-    records = load_records(ROOT/"results"/"efficiency")
+    records = load_records(ROOT/"results"/"real"/"efficiency")
     assert records and beside(records).empty
 
 

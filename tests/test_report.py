@@ -330,7 +330,7 @@ def test_the_help_knows_it(cli):
 
 # --- the results of this project
 
-OURS = ["embedded-v1/benchmark", "efficiency", "real/labels", "real/memory", "speed"]
+OURS = ["embedded-v1/benchmark", "real/efficiency", "real/labels", "real/memory", "speed"]
 
 @pytest.mark.parametrize("name", OURS)
 def test_our_own_results(name, tmp_path):
