@@ -1,5 +1,5 @@
 "The front door: short, with links that lead somewhere, numbers from the results, and Python that runs."
-import re
+import re, runpy
 import pandas as pd
 import pytest
 from conftest import ROOT
@@ -65,6 +65,7 @@ def stated():
     kinds = sum(len(cls.kinds) for cls in CLASSES.values())
     return [
         f"at {real.spec['size']} pixels",
+        f"[at {load_records(RESULTS/'real'/'benchmark_256')[0].spec['size']} pixels]",
         f"+{of_mddnet['difference']:.1f} points of mAD ({of_mddnet['low']:.1f} to {of_mddnet['high']:.1f})",
         f"+{standardised['gain']:.1f} ({standardised['low']:.1f} to {standardised['high']:.1f}) if",
         f"a plain flow, for {bgad.spec['steps']} steps",
@@ -136,6 +137,11 @@ def test_its_tables_are_those_of_the_results():
     "Every table with decimals stands, line for line, in a page below results/, but the ledger."
     shown = [table.strip() for table in tables(README) if decimals(table) and "| claim |" not in table]
     assert shown and not set(shown) - set(written_tables(RESULTS))
+
+def test_the_page_of_other_products_is_that_of_its_records():
+    folder = RESULTS/"real"/"labels"
+    made = runpy.run_path(str(folder/"other_products.py"))["page"](folder)
+    assert made == (folder/"other_products.md").read_text(encoding="utf-8")
 
 def test_its_ledger_is_that_of_the_results():
     "The first three columns of some rows."

@@ -29,14 +29,21 @@ def cell(values):
     "Mean and deviation; of a single seed the mean alone."
     return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
 
-rows = pd.DataFrame(arm_of(record) | means_of(record) for record in load_records(HERE))
-columns = ["all seven: mAD", *METRICS]
-lines = [
-    f"Means over all seven products, then over {', '.join(PRODUCTS)}; percent, mean and deviation over seeds. The rows "
-    "have the same test images for each seed. DMAD was trained for 880 steps. Written by `python other_products.py`.", "",
-    f"| features | detector | labelled | seeds | {' | '.join(columns)} |", "| :--- | :--- | ---: | ---: |" + " ---: |"*len(columns),
-]
-for (features, detector, labelled), of_arm in rows.groupby(["features", "detector", "labelled"], sort=True):
-    numbers = " | ".join(cell(of_arm[name]) for name in columns)
-    lines.append(f"| {features} | {detector} | {labelled} | {len(of_arm)} | {numbers} |")
-(HERE/"other_products.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def page(folder):
+    "The page for the records of a folder, in Markdown."
+    rows = pd.DataFrame(arm_of(record) | means_of(record) for record in load_records(folder))
+    columns = ["all seven: mAD", *METRICS]
+    lines = [
+        f"Means over all seven products, then over {', '.join(PRODUCTS)}; percent, mean and deviation over seeds. The "
+        "rows have the same test images for each seed. DMAD was trained for 880 steps. Written by "
+        "`python other_products.py`.", "",
+        f"| features | detector | labelled | seeds | {' | '.join(columns)} |",
+        "| :--- | :--- | ---: | ---: |" + " ---: |"*len(columns),
+    ]
+    for (features, detector, labelled), of_arm in rows.groupby(["features", "detector", "labelled"], sort=True):
+        numbers = " | ".join(cell(of_arm[name]) for name in columns)
+        lines.append(f"| {features} | {detector} | {labelled} | {len(of_arm)} | {numbers} |")
+    return "\n".join(lines) + "\n"
+
+if __name__ == "__main__":
+    (HERE/"other_products.md").write_text(page(HERE), encoding="utf-8")
