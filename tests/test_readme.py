@@ -65,7 +65,6 @@ def stated():
     kinds = sum(len(cls.kinds) for cls in CLASSES.values())
     return [
         f"at {real.spec['size']} pixels",
-        f"[at {load_records(RESULTS/'real'/'benchmark_256')[0].spec['size']} pixels]",
         f"+{of_mddnet['difference']:.1f} points of mAD ({of_mddnet['low']:.1f} to {of_mddnet['high']:.1f})",
         f"+{standardised['gain']:.1f} ({standardised['low']:.1f} to {standardised['high']:.1f}) if",
         f"a plain flow, for {bgad.spec['steps']} steps",
@@ -76,6 +75,7 @@ def stated():
         f"over {rd4ad.epochs} epochs to {uniad.epochs} (UniAD)",
         f"{Runtime.cache_gb} GB in all",
         f"MVTec AD at 256 pixels with a wide ResNet-50 takes {gigabytes_of_mvtec():.1f}",
+        f"at {load_records(RESULTS/'real'/'benchmark_256')[0].spec['size']} pixels",
         f"Python {settings_of('min_python')} or newer",
         f"{kinds} kinds of defects",
         *rooms(), *BY_HAND,
