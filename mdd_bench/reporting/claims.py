@@ -120,7 +120,7 @@ def matching(
     def fits(record): return wanted.items() <= flat[record.id].items()
     return _once([record for record in sorted(records, key=_keeps_replicates) if fits(record)])
 
-# %% ../../nbs/reporting/65_claims.ipynb #744c77bb
+# %% ../../nbs/reporting/65_claims.ipynb #509d16d9
 def _labelled_classes(record):
     "The classes whose anomalies a record has labels of; `SpecError` where it does not say."
     if record.spec["label_classes"]: return record.spec["label_classes"].split("+")
@@ -135,6 +135,7 @@ def _mean_of_others(records, results):
         means[cls] = {metric: np.mean([of[metric] for of in others], axis=0) for metric in others[0]}
     return means
 
+# %% ../../nbs/reporting/65_claims.ipynb #744c77bb
 @dataclass
 class MeanOfOthers(Record):
     "What runs with one seed reach in classes that gave them no labels."
@@ -197,7 +198,7 @@ def _check_classes(records):
         raise SpecError(f"records of different classes, such as {ids}",
                         "Give `shared` the classes, all of them")
 
-# %% ../../nbs/reporting/65_claims.ipynb #9b0b7abf
+# %% ../../nbs/reporting/65_claims.ipynb #c0c86f62
 LEDGER = ["source", "metric", "asked", "at_least", "gain", "low", "high", "sizes", "seeds", "verdict",
           "records", "against"]
 
@@ -223,6 +224,7 @@ def _row(claim, records):
         row["sizes"] = " against ".join(f"{np.mean(_megabytes(part)):.1f} MB" for part in (arm, against))
     return row | dict(verdict=verdict(*gained[1:], claim.at_least), records=ids[0], against=ids[1])
 
+# %% ../../nbs/reporting/65_claims.ipynb #9b0b7abf
 def ledger(
     claims,   # of `read_claims`
     records,  # of all studies

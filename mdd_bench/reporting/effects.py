@@ -165,11 +165,12 @@ def _nothing(records, by, baseline, compared, pairs):
     table.attrs["caption"] = f"Nothing can be compared {other}: {why}."
     return table
 
-# %% ../../nbs/reporting/63c_effects.ipynb #db00fb0c
+# %% ../../nbs/reporting/63c_effects.ipynb #41e4c621
 OF_INTERVALS = (f"interval from {SEED_DRAWS} draws of the seeds for each resample of the test images, "
                 "the same images in both arms; ")
 OF_P = "p of Wilcoxon's signed ranks over classes, seeds averaged, exact; Holm over all rows"
 
+# %% ../../nbs/reporting/63c_effects.ipynb #db00fb0c
 def effects(
     records,             # comparable Records
     by,                  # what tells the arms apart, as in `comparable`
