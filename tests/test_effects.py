@@ -260,6 +260,11 @@ def test_mixtures_are_refused(records):
     with pytest.raises(SpecError, match="not tested alike.*gamma-1"): found(records)
 
 
+def test_a_class_that_no_record_has_is_refused(records):
+    with pytest.raises(SpecError, match="class of record beta-0.*nope.*felt"):
+        found(records, classes_of=lambda arm: ["felt", "nope"])
+
+
 # ---- who is compared with whom
 
 def labelled(detector, number, seed, value, wave=0., test=None):

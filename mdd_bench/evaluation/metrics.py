@@ -15,10 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .bins import Bins, binned_average_precision, pixel_bounds, share_rounding
-from mdd_bench.evaluation.curves import (
-    Curve, Scores, above, aupro, auroc, average_precision, curve, f1max, fpr_at_tpr, on_gpu, ordered, rate,
-    region_sizes, to_numpy,
-)
+from .curves import (
+    Curve, Scores, above, aupro, auroc, average_precision, curve, f1max, fpr_at_tpr)
+from .curves import on_gpu, ordered, rate, region_sizes, to_numpy
 
 # %% ../../nbs/evaluation/40_metrics.ipynb #cc132df3
 def finite(

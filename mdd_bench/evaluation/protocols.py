@@ -24,10 +24,9 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d, maximum_filter
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from ..errors import DataError, unknown
-from mdd_bench.evaluation.curves import (
-    Curve, Scores, area, f1max, in_two_threads, on_gpu, ordered, precisions, rate, rising, scores_of,
-    to_numpy,
-)
+from .curves import (
+    Curve, Scores, area, f1max, in_two_threads, on_gpu, ordered, precisions, rate, rising)
+from .curves import scores_of, to_numpy
 from .metrics import Evaluator, binary, checked, finite, finite_maps
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #9417bb3c

@@ -29,9 +29,8 @@ from .locks import Lock
 from .processes import warm_process
 from .runtime import BAR, failure_reason, read_progress
 from .store import MODEL, Record, Store, copy_record, find_damage, make_folder
-from mdd_bench.running.study import (
-    SETTINGS, NamedSpec, Study, detector_name, given, load_study, note_arm, notebook_parameters,
-    study_notebook)
+from .study import SETTINGS, NamedSpec, Study, detector_name, given, load_study, note_arm
+from .study import notebook_parameters, study_notebook
 
 # %% ../../nbs/running/59_sweep.ipynb #41c4be6c
 def run_label(
