@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import tensor_checks
 from mdd_bench.evaluation import bins as bins_module, curves, metrics
 from mdd_bench.evaluation.metrics import KEYS, METRICS, Evaluator
+from mdd_bench.reporting.arms import less_is_better
 from tensor_checks import MODES, SCORES, TENSORS, drawn, evaluated, ordinary, results, small
 
 pytestmark = pytest.mark.filterwarnings("ignore::mdd_bench.evaluation.metrics.UndefinedMetric")
@@ -58,7 +59,7 @@ def test_bounds_are_reached(seed, scores, bins, limit):
     for best in False, True:
         extreme = [(reordered(m, mask == best), s, mask, l) for m, s, mask, l in batches]
         for k, v in evaluated(extreme, "exact", limit).compute().items():
-            bound = bounds[k][best != ("FPR" in k)]
+            bound = bounds[k][best != less_is_better(k)]
             if k not in ("P-AP", "mAD") or best: assert v == pytest.approx(bound, abs=1e-9, nan_ok=True), k
             else: assert not v < bound, k                        # one by one is worse still than together
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BROUGHT', 'SEEDS', 'FOLLOWS', 'settings', 'arm_columns', 'printed', 'comparison_key', 'comparable', 'Arm', 'arms',
-           'distinctions', 'scores_of', 'facts_of', 'steps_of', 'measured_on', 'not_converged', 'split_batches']
+           'distinctions', 'scores_of', 'facts_of', 'steps_of', 'measured_on', 'less_is_better', 'not_converged',
+           'split_batches']
 
 # %% ../../nbs/reporting/60a_arms.ipynb #b8e0322b
 import json
@@ -232,6 +233,11 @@ def measured_on(record) -> str:
     "The device and the number of threads that the cost of a record belongs to."
     device, threads = record.cost["device"], record.provenance.get("threads")
     return device if threads is None else f"{device}, {threads} thread{'s'*(threads != 1)}"
+
+# %% ../../nbs/reporting/60a_arms.ipynb #9da8703a
+def less_is_better(metric: str) -> bool:
+    "Whether less of a metric is better: of a false-positive rate, and of no other."
+    return "FPR" in metric
 
 # %% ../../nbs/reporting/60a_arms.ipynb #1d9d1c76
 def not_converged(

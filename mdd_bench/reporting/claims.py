@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 from matplotlib.lines import Line2D
 from ..errors import SpecError, StoreError, unknown
-from .arms import settings
+from .arms import less_is_better, settings
 from .effects import draw_effects
 from .plots import colours, style
 from .statistics import check_same_test, effect, with_same_test
@@ -164,7 +164,7 @@ def _points_gained(arm, against, claim):
     judged = arm, against, claim.metric, claim.classes or None
     try: found = effect(*judged)
     except StoreError: found = effect(*judged, interval=False)
-    if "FPR" in claim.metric: return -found.difference, -found.high, -found.low
+    if less_is_better(claim.metric): return -found.difference, -found.high, -found.low
     return found.difference, found.low, found.high
 
 def _megabytes(records):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from ..errors import DataError, SpecError, unknown
-from .arms import arms, measured_on, scores_of
+from .arms import arms, less_is_better, measured_on, scores_of
 from .plots import colours, legend_beside, style
 from .tables import image_metrics, per_class, summary
 
@@ -180,7 +180,7 @@ FASTER_IS_MORE = ("images_per_second",)     # of the costs
 
 def _front(points, cost, metric):
     "The CostPoints on the front, in the directions that are better for this cost and this metric."
-    cheaper, better = -1 if cost in FASTER_IS_MORE else 1, -1 if "FPR" in metric else 1
+    cheaper, better = -1 if cost in FASTER_IS_MORE else 1, -1 if less_is_better(metric) else 1
     costs, values = [cheaper*point.cost for point in points], [better*point.mean for point in points]
     return [points[i] for i in pareto_front(costs, values)]
 
@@ -201,8 +201,9 @@ def _set_cost_axes(ax, points, cost, metric):
         ax.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
     ax.set_xlabel(COSTS.get(cost, (cost, 1))[0] + (" (log scale)" if log else ""))
     ax.set_ylabel(f"{metric} (percent)")
-    best = "lower" if "FPR" in metric else "upper", "right" if cost in FASTER_IS_MORE else "left"
-    ax.set_title(f"best: {' '.join(best)}", loc="right", fontsize=7, color=".35")
+    height = "lower" if less_is_better(metric) else "upper"
+    side = "right" if cost in FASTER_IS_MORE else "left"
+    ax.set_title(f"best: {height} {side}", loc="right", fontsize=7, color=".35")
     ax.margins(x=.12, y=.14)
 
 # %% ../../nbs/reporting/63b_comparisons.ipynb #13f51e93
@@ -261,7 +262,7 @@ def easiest_first(
     "The classes by their mean over the arms, the easiest first, and those with a nan last (ours)."
     classes = [name for name in table if f"{name} std" in table and name != "mean"]
     means = table[classes].mean(axis=0, skipna=False)
-    rising = "FPR" in table.columns.name
+    rising = less_is_better(table.columns.name)
     return list(means.sort_values(ascending=rising, kind="stable", na_position="last").index)
 
 # %% ../../nbs/reporting/63b_comparisons.ipynb #fd52a0a9

@@ -11,6 +11,7 @@ import hashlib, html, re
 from typing import NamedTuple
 import pandas as pd
 from ..errors import unknown
+from .arms import less_is_better
 
 # %% ../../nbs/reporting/60b_formats.ipynb #e23d8be3
 def _percent(value, digits): return f"{100*value:.{digits}f}" if value == value else "-"
@@ -39,7 +40,7 @@ def _cells(table, column, digits):
     "The texts of one column, `mean ± std` in percent, and their marks."
     if f"{column} std" not in table:
         return [_plain(value) for value in table[column]], [""]*len(table)
-    lower = "FPR" in column or "FPR" in (table.columns.name or "")
+    lower = less_is_better(column) or less_is_better(table.columns.name or "")
     texts = []
     for mean, std in zip(table[column], table[f"{column} std"]):
         text = _percent(mean, digits)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from ..errors import SpecError, unknown
-from .arms import SEEDS, comparison_key, printed, scores_of, settings
+from .arms import SEEDS, comparison_key, less_is_better, printed, scores_of, settings
 from .statistics import check_same_test
 from ..running.store import data_name
 
@@ -188,7 +188,8 @@ def paired_scores(
     """The scores of all pairs in points, nan where a half does not have a seed.
 
     Raises `SpecError` for a nan score, and for a metric of which less is better."""
-    if "FPR" in metric: raise SpecError(f"{metric}: less of it is better", "choose a metric of which more is")
+    if less_is_better(metric):
+        raise SpecError(f"{metric}: less of it is better", "choose a metric of which more is")
     rows = []
     for name, pair in named_pairs(pairs).items(): rows += _rows(name, pair, metric, protocol)
     frame = pd.DataFrame(rows)

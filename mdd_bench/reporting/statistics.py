@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from ..errors import SpecError, unknown
-from .arms import SEEDS, arms as group_by_arm
+from .arms import SEEDS, arms as group_by_arm, less_is_better
 
 # %% ../../nbs/reporting/62_statistics.ipynb #12e20b10
 def _tested_on(record):
@@ -343,7 +343,7 @@ def friedman(
     values = np.array([class_values(records, metric, names).mean(0) for records in arms.values()]).round(9)
     k, n = values.shape
     if n < 2: raise SpecError("one class cannot be tested over classes", "give at least two, or use `effect`")
-    ranks = stats.rankdata(values if "FPR" in metric else -values, axis=0).mean(1)
+    ranks = stats.rankdata(values if less_is_better(metric) else -values, axis=0).mean(1)
     same = (values == values[0]).all()
     p = 1. if same else float(stats.friedmanchisquare(*values).pvalue)
     quantile = stats.studentized_range.ppf(level, k, np.inf)/np.sqrt(2)
