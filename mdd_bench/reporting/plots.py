@@ -60,14 +60,14 @@ def reduce_colours(path: Path):
 def save(
     fig,                # a Figure
     path,               # where; ends in .png
-    limit: int = 150,   # kilobytes; above it the colours become 256, and then the resolution falls
+    limit: int = 150,   # kilobytes; above it the resolution falls
 ) -> Path:              # the path
-    "Write a PNG with 120 dots per inch and all its colours, or fewer where the file would exceed `limit`."
+    "Write a PNG with 256 colours and 120 dots per inch, or fewer where the file would exceed `limit`."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for dpi in (120, 100, 80, 60):
         fig.savefig(path, dpi=dpi, bbox_inches="tight", format="png")
-        if path.stat().st_size > limit*1000: reduce_colours(path)
+        reduce_colours(path)
         if path.stat().st_size <= limit*1000: break
     return path
 
