@@ -381,7 +381,7 @@ def test_the_pages_of_a_plan(shell, tmp_path):
     code, printed, errors = shell("make", "plan.yaml")
     assert code == 0, errors
     first, second = [set(os.listdir(tmp_path/"results"/name)) for name in ("first", "second")]
-    assert first - second == {"benchmark_maps.png"} and "benchmark.md" in second
+    assert first - second == {"benchmark_maps.png", "worst"} and "benchmark.md" in second
     assert not list(tmp_path.glob("results/second/runs/*/samples.npz"))
 
 # --- make
