@@ -141,10 +141,12 @@ def memo_file(
     return cache_dir()/"digests"/f"{name}.json"
 
 def read_memo(file: Path) -> dict:
-    "Returns the remembered digests, none when the file is absent or damaged."
+    "Returns the remembered digests without the damaged ones; none when the file is absent or damaged."
     try: memo = json.loads(file.read_text())
     except (OSError, ValueError): return {}
-    return memo if isinstance(memo, dict) else {}
+    if not isinstance(memo, dict): return {}
+    def is_whole(entry): return isinstance(entry, list) and len(entry) == len(Digest._fields)
+    return {key: entry for key, entry in memo.items() if is_whole(entry)}
 
 def write_memo(file: Path, memo: dict):
     "Replaces the file in one step; where it cannot be written, nothing is remembered."

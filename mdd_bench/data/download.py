@@ -394,8 +394,8 @@ def unpack(
         (content/NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
         os.replace(content, folder)
     except DAMAGE as problem:
-        problem = f"{archive} cannot be unpacked: {problem or 'it is damaged'}"
-        raise DownloadError(problem, "remove it and start again") from None
+        what = f"{archive} cannot be unpacked: {str(problem) or 'it is damaged'}"
+        raise DownloadError(what, "remove it and start again") from None
     finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/data/08_download.ipynb #55d0c34c
@@ -467,8 +467,8 @@ def fetch_archive(
     downloader = Resume(work/f"{source.archive}.part", source.page, **options)
     try: return Path(pooch.retrieve(source.url, source.checksum, source.archive, work, downloader=downloader))
     except ValueError as problem:      # pooch names the file, both checksums, and has removed it
-        problem = str(problem).split(". ")[0]
-        raise DownloadError(problem, f"it was removed; try again, or see {source.page}") from None
+        what = str(problem).split(". ")[0]
+        raise DownloadError(what, f"it was removed; try again, or see {source.page}") from None
 
 # %% ../../nbs/data/08_download.ipynb #a4e73d52
 def download(

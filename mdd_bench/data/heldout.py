@@ -263,10 +263,15 @@ def flat_names(
     paths: list[str],   # of the images of one class, relative to the dataset
 ) -> dict:              # name without folders -> path
     "A name for each image: that of its file where no other has it, otherwise its whole path."
-    alone = len({Path(path).name for path in paths}) == len(paths)
-    named = {Path(path).name if alone else path.replace("/", "_"): path for path in paths}
-    if len(named) == len(paths): return named
-    raise DataError(f"two of {', '.join(paths[:2])}, ... have one name without folders", "rename one of them")
+    names = [Path(path).name for path in paths]
+    if len(set(names)) < len(names): names = [path.replace("/", "_") for path in paths]
+    named = {}
+    for name, path in zip(names, paths):
+        if name in named:
+            problem = f"{named[name]} and {path} have one name without folders"
+            raise DataError(problem, "rename one of them")
+        named[name] = path
+    return named
 
 def list_training_images(
     root: Path,          # a dataset's folder or table

@@ -264,12 +264,14 @@ def entry_value(
     entry,            # of a list
     key: str,
     source,           # the list, for the message
-    kind=object,      # what the value must be: list, dict, or anything
+    kind=None,        # what the value must be: list or dict; None: anything
 ):
     "Returns a value of an entry; raises `DataError` when it is not there, or something else."
-    if isinstance(entry, dict) and isinstance(entry.get(key, ...), kind) and key in entry: return entry[key]
-    problem = f"{source} has no {kind.__name__} {key!r} in {str(entry)[:80]}"
-    raise DataError(problem.replace("object ", ""), "repair the file, or pass another --layout")
+    there = isinstance(entry, dict) and key in entry
+    if there and (kind is None or isinstance(entry[key], kind)): return entry[key]
+    wanted = f"{kind.__name__} {key!r}" if kind else repr(key)
+    problem = f"{source} has no {wanted} in {str(entry)[:80]}"
+    raise DataError(problem, "repair the file, or pass another --layout")
 
 # %% ../../nbs/data/01a_layouts.ipynb #f8a8cd09
 def read_csv(path: Path, columns) -> list[dict]:

@@ -80,7 +80,8 @@ class ImageDataset(Dataset):
         if image is not None: item["image"] = turned(torch.from_numpy(image), turn)
         if self.defects:
             abnormal, mask = self.defects(image, i, self.epoch)
-            item |= dict(abnormal=torch.from_numpy(abnormal), mask=torch.from_numpy(mask))
+            item["abnormal"] = turned(torch.from_numpy(abnormal), turn)
+            item["mask"] = turned(torch.from_numpy(mask), turn)
         if self.masks: item["mask"] = turned(labelled_mask(self.root/self.masks[i], self.framing), turn)
         return item
 
