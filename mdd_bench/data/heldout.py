@@ -14,11 +14,10 @@ import hashlib, re, shutil
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from filelock import FileLock
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
-from .catalog import cache_dir, digests
-from .images import images_in, load_image
+from .catalog import cache_dir, digests, made_once
+from .images import UnreadableImage, images_in, load_image
 from .layouts import read_catalog
 from ..errors import DataError, unknown
 
@@ -293,8 +292,7 @@ def read_digests(
     remedy = "{}: what a heldout dataset is made of is drawn on with 8 bits, and nothing of it is left out"
     try:
         found = digests(root, [path.relative_to(root).as_posix() for path in paths])
-    except DataError as e:
-        if "--skip-broken" not in e.remedy: raise
+    except UnreadableImage as e:
         raise DataError(e.what, remedy.format("replace or remove the file")) from None
     for name, content in found.items():
         if content.mode in ("F", "I"):
@@ -378,18 +376,11 @@ def heldout(
 ) -> Path:               # a dataset in MVTec's layout
     "The held-out dataset of a source, in the cache. Raises `DataError` for too few or unreadable images."
     root = Path(root).expanduser()
-    images, folder = training_images(root, layout), root if root.is_dir() else root.parent
+    images = training_images(root, layout)
+    folder = root if root.is_dir() else root.parent
     stem = re.sub(r"[^\w.-]+", "_", name or folder.resolve().name).strip(".")
-    home = cache_dir()/"heldout"
-    home.mkdir(parents=True, exist_ok=True)
-    done = home/f"{stem}-{images.fingerprint}-r{REVISION}-seed{seed}"
-    part = home/f"{done.name}.part"
-    with FileLock(home/f"{done.name}.lock"):
-        if done.is_dir(): return done
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            for cls, paths in images.paths.items(): write_class(part/cls, paths, seed)
-            part.rename(done)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    done = cache_dir()/"heldout"/f"{stem}-{images.fingerprint}-r{REVISION}-seed{seed}"
+    with made_once(done) as part:
+        if part is None: return done
+        for cls, paths in images.paths.items(): write_class(part/cls, paths, seed)
     return done
