@@ -209,6 +209,7 @@ def check_answer(
         raise error(f"{code} {response.reason}")
     if kind.startswith("text/html") and code == 200: raise Refused("a web page came instead of an archive")
 
+# %% ../../nbs/data/08_download.ipynb #1684d370
 def place(
     response: requests.Response,
     part: Path,                    # what has arrived so far; removed where the answer does not fit to it

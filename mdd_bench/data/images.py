@@ -84,6 +84,7 @@ def read_image(
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
+# %% ../../nbs/data/00_images.ipynb #c92c0910
 def image_size(
     path,                # an image file
 ) -> tuple[int, int]:    # height, width, as a viewer shows it
