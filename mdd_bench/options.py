@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMED_VALUES', 'CONVERTERS', 'parse_value', 'as_int', 'as_float', 'as_bool', 'as_list', 'as_dict', 'without_none',
            'converter', 'Option', 'option', 'describe_range', 'typed_value', 'checked_value', 'declared_options',
-           'holds', 'forcing_condition', 'complete_options', 'chosen_options', 'describe_values']
+           'holds', 'forcing_condition', 'check_forced', 'complete_options', 'chosen_options', 'describe_values']
 
 # %% ../nbs/00a_options.ipynb #f6300775
 import ast, math
@@ -159,9 +159,9 @@ def checked_value(
     value = typed_value(declared, value)
     if choices and value not in choices: raise unknown(name, value, choices)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    too_small = number and declared.least is not None and not value >= declared.least
-    too_large = number and declared.most is not None and not value <= declared.most
-    if too_small or too_large or (number and not math.isfinite(value)):
+    least = -math.inf if declared.least is None else declared.least
+    most = math.inf if declared.most is None else declared.most
+    if number and not (least <= value <= most and math.isfinite(value)):
         raise SpecError(f"{name}={value!r}", f"give {describe_range(declared)}")
     if declared.check: declared.check(value)
     return value
@@ -180,11 +180,12 @@ def holds(
     values: dict,    # of the options declared above
 ) -> bool:
     "Whether a condition of `forced` holds; raises `SpecError` where it names no option declared above."
-    name, wanted = condition.replace("!=", "=").split("=")
+    negated = "!=" in condition
+    name, wanted = condition.split("!=" if negated else "=")
     if name not in values:
         raise SpecError(f"forced={condition!r}", f"declare {name} above the option that depends on it")
-    same = ("none" if values[name] is None else str(values[name])) == wanted
-    return same != ("!=" in condition)
+    value = "none" if values[name] is None else str(values[name])
+    return value != wanted if negated else value == wanted
 
 def forcing_condition(
     declared: Option,
@@ -194,6 +195,18 @@ def forcing_condition(
     return next((c for c in declared.forced if holds(c, values)), None)
 
 # %% ../nbs/00a_options.ipynb #fd22c3bb
+def check_forced(
+    declared: Option,
+    value,            # what was set, of any type
+    condition: str,   # of `forced`, which holds
+):
+    "Raises `SpecError` for a value other than the one that the condition leaves."
+    name, only = declared.name, declared.forced[condition]
+    if value == only: return
+    if value is not None and checked_value(declared, value) == only: return
+    remedy = f"leave {name} out" if only is None else f"leave {name} out, or give {only!r}"
+    raise SpecError(f"{name}={value!r} cannot be with {condition}", remedy)
+
 def complete_options(
     owner: str,                   # whose options they are, for messages
     declared: dict[str, Option],  # all of them, by name
@@ -204,15 +217,12 @@ def complete_options(
         if name not in declared: raise unknown(f"option of {owner}", name, declared)
     complete = {}
     for name, o in declared.items():
-        value = given.get(name, o.default)
         condition = forcing_condition(o, complete)
         if condition is None:
-            complete[name] = checked_value(o, value)
-            continue
-        only = complete[name] = o.forced[condition]
-        if name in given and value != only and (value is None or checked_value(o, value) != only):
-            remedy = f"leave {name} out" if only is None else f"leave {name} out, or give {only!r}"
-            raise SpecError(f"{name}={value!r} cannot be with {condition}", remedy)
+            complete[name] = checked_value(o, given.get(name, o.default))
+        else:
+            if name in given: check_forced(o, given[name], condition)
+            complete[name] = o.forced[condition]
     return complete
 
 # %% ../nbs/00a_options.ipynb #511174d7

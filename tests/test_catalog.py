@@ -1,12 +1,12 @@
 "Folders as people have them: endings, mask names, other files, and everything that can be wrong with them."
-import shutil
+import json, shutil
 import numpy as np
 import pytest
 from PIL import Image
-from mdd_bench.data.catalog import digests, verify
+from mdd_bench.data.catalog import digests, memo_file, verify
 from mdd_bench.data.images import Framing, images_in, load_image, load_mask
 from mdd_bench.data.layouts import find_mask, masks_of, read_catalog
-from mdd_bench.data.loading import ImageDataset, batches
+from mdd_bench.data.loading import TURNS, ImageDataset, batches, turned
 from mdd_bench.errors import DataError
 
 def save(path, array):
@@ -117,6 +117,15 @@ def test_digests_are_remembered(root, monkeypatch):
     monkeypatch.setattr("mdd_bench.data.catalog.digest", lambda p: pytest.fail("read a second time"))
     assert digests(root, paths) == first
 
+@pytest.mark.parametrize("damage", [[1, 2], None, 3, [1]*9])
+def test_damaged_digests_are_computed_again(root, damage):
+    paths = ["nut/train/good/0.png", "nut/train/good/1.png"]
+    first = digests(root, paths)
+    memo = json.loads(memo_file(root).read_text())
+    memo_file(root).write_text(json.dumps(memo | {next(iter(memo)): damage}))
+    assert digests(root, paths) == first
+    assert json.loads(memo_file(root).read_text()) == memo          # mended
+
 def damage(root, how):
     "Damages the dataset in one way; returns the folder to read."
     image, mask = root/"nut/test/good/0.png", root/"nut/ground_truth/bent/0_mask.png"
@@ -182,3 +191,16 @@ def test_single_last_image_is_dropped_in_training_only(root):
     rows = ImageDataset(root, read_catalog(root).part(split="train"), Framing(16), ["bolt", "nut"])
     assert sum(len(b["path"]) for b in batches(rows, 5, epoch=0)) == 5
     assert sum(len(b["path"]) for b in batches(rows, 5)) == 6
+
+def test_a_drawn_defect_turns_with_its_image(root):
+    def dot(image, i, epoch):
+        mask = np.zeros(image.shape[1:], bool)
+        mask[2, 5] = True
+        return np.where(mask, 0, image), mask
+
+    table = read_catalog(root).part(split="train")
+    rows = ImageDataset(root, table, Framing(16), ["bolt", "nut"], defects=dot, turns=TURNS)
+    upright = rows[0]
+    for turn in range(TURNS):
+        item = rows[turn*len(table)]
+        assert all(item[key].equal(turned(upright[key], turn)) for key in ("image", "abnormal", "mask"))

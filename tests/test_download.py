@@ -337,6 +337,16 @@ def test_a_damaged_member_of_a_zip(site, tmp_path):
     site.content = bytes(content)
     assert "Bad CRC-32" in failure(site, tmp_path) and left(tmp_path) == KEPT
 
+def test_a_zip_that_claims_more_than_it_has(site, tmp_path):
+    "Python's error says nothing, so ours must say something."
+    content, claimed = bytearray(zip_of({"a/0.png": bytes(100)})), (10**6).to_bytes(4, "little")
+    head = content.index(b"PK\x01\x02")
+    content[18:22] = content[22:26] = claimed                           # compressed and whole size
+    content[head + 20:head + 24] = content[head + 24:head + 28] = claimed
+    site.content = bytes(content)
+    assert "cannot be unpacked: it is damaged. remove it" in failure(site, tmp_path)
+    assert left(tmp_path) == KEPT
+
 def test_endless_content(site, tmp_path, monkeypatch):
     site.content = tar_of({"a/zeros.png": bytes(10**6), "b/zeros.png": bytes(10**6)}, "w:gz")
     monkeypatch.setattr(module, "LEAST_LIMIT", 1_500_000)

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from mdd_bench.data.catalog import verify
 from mdd_bench.data.datasets import inspect_dataset, open_dataset
-from mdd_bench.data.heldout import heldout
+from mdd_bench.data.heldout import flat_names, heldout
 from mdd_bench.data.images import load_mask
-from mdd_bench.data.layouts import LAYOUTS, Row, for_test, layout, read_catalog, recognise
+from mdd_bench.data.layouts import LAYOUTS, Row, entry_value, for_test, layout, read_catalog, recognise
 from mdd_bench.errors import DataError, SpecError
 from mdd_bench.running.run import run
 from mdd_bench.running.spec import make_spec
@@ -374,6 +374,10 @@ def test_heldout_names_that_collide_are_refused(root):
     pd.DataFrame(rows).to_csv(root/"table.csv", index=False)
     with pytest.raises(DataError, match="have one name without folders"): heldout(root/"table.csv")
 
+def test_heldout_names_that_collide_are_named():
+    names = ["a/b_c.png", "a/x.png", "a_b/c.png", "d/x.png"]
+    with pytest.raises(DataError, match="^a/b_c.png and a_b/c.png have one name"): flat_names(names)
+
 def test_a_plain_class_without_bad_images_is_one_of_several(root):
     plain_classes(root)
     shutil.rmtree(root/"nut/defects")
@@ -448,6 +452,14 @@ def test_a_label_file_that_is_broken_is_a_problem_like_others(root):
     assert any("unreadable image" in line and "20000_GT" in line for line in words)
     assert any("cannot read" in line and "10000_GT" in line for line in words)      # of the training set too
     assert read_catalog(root).left_out == 1
+
+def test_a_list_is_named_as_it_is_called(root):
+    "Whatever words are in its path."
+    source = root/"object shots"/"meta.json"
+    with pytest.raises(DataError) as e: entry_value({}, "anomaly", source)
+    assert e.value.what == f"{source} has no 'anomaly' in {{}}"
+    with pytest.raises(DataError) as e: entry_value(dict(train=[]), "train", source, dict)
+    assert e.value.what == f"{source} has no dict 'train' in {{'train': []}}"
 
 def table_of_lines(root, *lines):
     (root/"table.csv").write_text("path,mask,cls,split,kind\n" + "\n".join(lines))

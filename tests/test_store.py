@@ -141,6 +141,19 @@ def test_a_failure_while_computing_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt): open_set(tmp_path, backbone=Failing())
     assert not FeatureStore(tmp_path).entries()
 
+def test_a_writer_that_is_done_leaves_the_next_one_alone(tmp_path, monkeypatch):
+    "Another process may set the new entry aside and begin it anew at once."
+    opened, begun = feature_cache.FeatureCache, []
+
+    def opened_late(folder, *rest):
+        begun.append(folder.with_name(folder.name + feature_cache.UNFINISHED))
+        begun[0].mkdir()
+        return opened(folder, *rest)
+
+    monkeypatch.setattr(feature_cache, "FeatureCache", opened_late)
+    assert_right(open_set(tmp_path))
+    assert begun[0].is_dir()
+
 def test_commands_go_on_without_a_cache_folder(cli, tmp_path, monkeypatch):
     "Digests are computed again, and the store is empty."
     data = write_embedded(tmp_path/"data", "smoke", classes=["gear"])

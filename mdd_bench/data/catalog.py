@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['DIGEST_VERSION', 'MASKS', 'Row', 'split_counts', 'Catalog', 'Digest', 'hashed_bytes', 'hash_of', 'digest',
-           'mask_digest', 'cache_dir', 'memo_file', 'read_memo', 'write_memo', 'memo_key', 'digests', 'fingerprint',
-           'contradictions', 'mask_size_problems', 'has_no_mask', 'masks_unknown', 'missing_mask_problems',
-           'undefined_metrics', 'class_problems', 'value_range_problems', 'oddities', 'visible_range', 'badly_lit',
-           'leaks', 'absent_classes', 'Inspection', 'readable', 'inspect_catalog', 'refuse_problems', 'verify']
+           'mask_digest', 'cache_dir', 'memo_file', 'read_memo', 'write_memo', 'memo_key', 'digests', 'made_once',
+           'fingerprint', 'contradictions', 'mask_size_problems', 'has_no_mask', 'masks_unknown',
+           'missing_mask_problems', 'undefined_metrics', 'class_problems', 'value_range_problems', 'oddities',
+           'visible_range', 'badly_lit', 'leaks', 'absent_classes', 'Inspection', 'readable', 'inspect_catalog',
+           'refuse_problems', 'verify']
 
 # %% ../../nbs/data/01_catalog.ipynb #a30fbe20
-import hashlib, json, os, warnings
-from collections.abc import Iterable
-from contextlib import suppress
+import hashlib, json, os, shutil, warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from PIL import Image
 from .images import (
     LOSSY, has_deep_colours, image_oddity, joined_masks, mask_files, mask_oddity, read_image)
@@ -110,7 +112,7 @@ def digest(
     image = read_image(path)
     pixels = np.asarray(image)
     values = [float(pixels.min()), float(pixels.max())]
-    mode = image.mode + ";16"*has_deep_colours(image)
+    mode = f"{image.mode};16" if has_deep_colours(image) else image.mode
     return Digest(*image.size, hash_of(image, path), image_oddity(image), mode, values, 0.)
 
 def mask_digest(
@@ -141,10 +143,12 @@ def memo_file(
     return cache_dir()/"digests"/f"{name}.json"
 
 def read_memo(file: Path) -> dict:
-    "Returns the remembered digests, none when the file is absent or damaged."
+    "Returns the remembered digests without the damaged ones; none when the file is absent or damaged."
     try: memo = json.loads(file.read_text())
     except (OSError, ValueError): return {}
-    return memo if isinstance(memo, dict) else {}
+    if not isinstance(memo, dict): return {}
+    def is_whole(entry): return isinstance(entry, list) and len(entry) == len(Digest._fields)
+    return {key: entry for key, entry in memo.items() if is_whole(entry)}
 
 def write_memo(file: Path, memo: dict):
     "Replaces the file in one step; where it cannot be written, nothing is remembered."
@@ -179,19 +183,39 @@ def digests(
 ) -> dict[str, Digest]:              # of the files that can be read
     "Returns the digests of many files, remembered between calls; raises `DataError` as `digest` does."
     memo = memo_file(root)
-    known, fresh, found = read_memo(memo), {}, {}
+    known, found = read_memo(memo), {}
+    remembered = len(known)
     try:
         for name in paths:
-            use, look = ("mask", mask_digest) if name in masks else ("image", digest)
+            use, read = ("mask", mask_digest) if name in masks else ("image", digest)
             try:
                 key = memo_key(root, name, use)
-                found[name] = fresh[key] = Digest(*known[key]) if key in known else look(root/name)
+                if key not in known: known[key] = read(root/name)
+                found[name] = Digest(*known[key])
             except DataError as e:
                 if problems is None: raise
                 problems.append(e)
     finally:
-        if not fresh.keys() <= known.keys(): write_memo(memo, known | fresh)
+        if len(known) > remembered: write_memo(memo, known)
     return found
+
+# %% ../../nbs/data/01_catalog.ipynb #25a10edd
+@contextmanager
+def made_once(
+    done: Path,               # a folder in the cache
+) -> Iterator[Path | None]:   # the folder to fill, which becomes `done`; None: it is there already
+    "Makes a folder whole or not at all, and by one process at a time."
+    part = done.with_name(f"{done.name}.part")
+    done.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(done.with_name(f"{done.name}.lock")):
+        if done.is_dir():
+            yield None
+            return
+        shutil.rmtree(part, ignore_errors=True)     # of a process that was killed
+        try:
+            yield part
+            part.rename(done)
+        finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/data/01_catalog.ipynb #f056c66a
 def fingerprint(
@@ -228,10 +252,11 @@ def mask_size_problems(
 ) -> list[DataError]:
     "Returns an error for each mask whose size is not its image's."
     problems = []
-    for path, mask in zip(catalog.table.path, catalog.table["mask"]):
-        if not mask or seen[mask][:2] == seen[path][:2]: continue
-        mask_size, image_size = ("{}x{}".format(*seen[p][:2]) for p in (mask, path))
-        what = f"mask {catalog.root/mask} is {mask_size}, its image {path} is {image_size}"
+    for row in catalog.table[catalog.table["mask"] != ""].itertuples():
+        mask, image = seen[row.mask], seen[row.path]
+        mask_size, image_size = f"{mask.width}x{mask.height}", f"{image.width}x{image.height}"
+        if mask_size == image_size: continue
+        what = f"mask {catalog.root/row.mask} is {mask_size}, its image {row.path} is {image_size}"
         problems.append(DataError(what, "a mask must have the size of its image"))
     return problems
 
@@ -296,7 +321,8 @@ def value_range_problems(
             problems.append(DataError(f"{what}; for example {catalog.root/colours[0]}", remedy))
         deep = [path for path in rows.path if seen[path].mode in ("F", "I")]
         if value_range or not deep: continue
-        lowest, highest = (pick(seen[path].values[i] for path in deep) for i, pick in enumerate((min, max)))
+        lowest = min(seen[path].values[0] for path in deep)
+        highest = max(seen[path].values[1] for path in deep)
         what = f"{len(deep)} images of {cls} hold floats, signed or 32-bit numbers, {lowest:g} to {highest:g}"
         remedy = "say which are black and white with --value-range black,white, such as 0,1"
         problems.append(DataError(f"{what}; for example {catalog.root/deep[0]}", remedy))

@@ -7,9 +7,9 @@ __all__ = ['CC_BY', 'CC_BY_NC_SA', 'MVTEC_PAGE', 'MVTEC_FILES', 'mvtec', 'MVTEC'
            'BLOCK', 'WAIT', 'BAR', 'AGAIN', 'CONTENT_RANGE', 'ZIP_KINDS', 'DAMAGE', 'MOST_MEMBERS', 'LEAST_LIMIT',
            'MOST_TIMES', 'NOTE', 'DownloadError', 'Licence', 'Source', 'find_source', 'size_text', 'list_sources',
            'size_of', 'version_of', 'version_file', 'ask', 'Refused', 'check_answer', 'place', 'check_room', 'receive',
-           'reason', 'Resume', 'Member', 'target', 'open_in_tar', 'tar_members', 'zip_members', 'write_members',
-           'top_folder', 'unpack', 'describe_source', 'is_complete', 'check_start', 'work_folder', 'fetch_archive',
-           'download']
+           'reason', 'Resume', 'Member', 'target', 'open_in_tar', 'kind_in_tar', 'tar_members', 'zip_members',
+           'write_members', 'top_folder', 'unpack', 'describe_source', 'is_complete', 'check_start', 'work_folder',
+           'fetch_archive', 'download']
 
 # %% ../../nbs/data/08_download.ipynb #e486cca2
 import gzip, json, lzma, os, re, shutil, stat, tarfile, time, zipfile, zlib
@@ -209,19 +209,23 @@ def check_answer(
         raise error(f"{code} {response.reason}")
     if kind.startswith("text/html") and code == 200: raise Refused("a web page came instead of an archive")
 
+# %% ../../nbs/data/08_download.ipynb #1684d370
 def place(
     response: requests.Response,
     part: Path,                    # what has arrived so far; removed where the answer does not fit to it
 ) -> tuple[int, int | None]:       # the first byte of the answer; the length of the file, None: not said
-    "Where an answer belongs in the file."
+    "Where an answer belongs in the file; one that belongs nowhere removes it, and is a `ConnectionError`."
     have, code = size_of(part), response.status_code
-    length = response.headers.get("Content-Length", "")
-    length = int(length) if length.isdecimal() else None
-    if code == 200: return 0, length
+    if code == 200:
+        length = response.headers.get("Content-Length", "")
+        total = int(length) if length.isdecimal() else None
+        return 0, total
     said = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     first, total = said.groups() if said else ("", "")
     if code == 416 and total == str(have): return have, have
-    if code == 206 and first == str(have): return have, int(total) if total != "*" else None
+    if code == 206 and first == str(have):
+        total = None if total == "*" else int(total)
+        return have, total
     part.unlink(missing_ok=True)
     raise requests.ConnectionError("the server did not go on where the file ends")
 
@@ -326,13 +330,17 @@ def open_in_tar(
     if hasattr(tarfile, "data_filter"): tarfile.data_filter(info, folder)       # Python 3.11.4
     return tar.extractfile(info)
 
+def kind_in_tar(info: tarfile.TarInfo) -> str:
+    "What a member is, in the words of `Member`."
+    if info.issym() or info.islnk(): return "link"
+    if info.isreg(): return "file"
+    return "folder" if info.isdir() else "device"
+
 def tar_members(archive: Path, folder: Path) -> Iterator[Member]:
     "The members of a tar, in order; each must be read before the next."
     with tarfile.open(archive) as tar:
         for info in tar:
-            link = info.issym() or info.islnk()
-            kind = "link" if link else "file" if info.isreg() else "folder" if info.isdir() else "device"
-            yield Member(info.name, kind, info.size, partial(open_in_tar, tar, info, folder))
+            yield Member(info.name, kind_in_tar(info), info.size, partial(open_in_tar, tar, info, folder))
 
 ZIP_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFLNK: "link"}      # 0: not said, as on Windows
 
@@ -394,8 +402,8 @@ def unpack(
         (content/NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
         os.replace(content, folder)
     except DAMAGE as problem:
-        problem = f"{archive} cannot be unpacked: {problem or 'it is damaged'}"
-        raise DownloadError(problem, "remove it and start again") from None
+        what = f"{archive} cannot be unpacked: {str(problem) or 'it is damaged'}"
+        raise DownloadError(what, "remove it and start again") from None
     finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/data/08_download.ipynb #55d0c34c
@@ -467,8 +475,8 @@ def fetch_archive(
     downloader = Resume(work/f"{source.archive}.part", source.page, **options)
     try: return Path(pooch.retrieve(source.url, source.checksum, source.archive, work, downloader=downloader))
     except ValueError as problem:      # pooch names the file, both checksums, and has removed it
-        problem = str(problem).split(". ")[0]
-        raise DownloadError(problem, f"it was removed; try again, or see {source.page}") from None
+        what = str(problem).split(". ")[0]
+        raise DownloadError(what, f"it was removed; try again, or see {source.page}") from None
 
 # %% ../../nbs/data/08_download.ipynb #a4e73d52
 def download(

@@ -14,11 +14,10 @@ import hashlib, re, shutil
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from filelock import FileLock
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
-from .catalog import cache_dir, digests
-from .images import images_in, load_image
+from .catalog import cache_dir, digests, made_once
+from .images import UnreadableImage, images_in, load_image
 from .layouts import read_catalog
 from ..errors import DataError, unknown
 
@@ -263,10 +262,15 @@ def flat_names(
     paths: list[str],   # of the images of one class, relative to the dataset
 ) -> dict:              # name without folders -> path
     "A name for each image: that of its file where no other has it, otherwise its whole path."
-    alone = len({Path(path).name for path in paths}) == len(paths)
-    named = {Path(path).name if alone else path.replace("/", "_"): path for path in paths}
-    if len(named) == len(paths): return named
-    raise DataError(f"two of {', '.join(paths[:2])}, ... have one name without folders", "rename one of them")
+    names = [Path(path).name for path in paths]
+    if len(set(names)) < len(names): names = [path.replace("/", "_") for path in paths]
+    named = {}
+    for name, path in zip(names, paths):
+        if name in named:
+            problem = f"{named[name]} and {path} have one name without folders"
+            raise DataError(problem, "rename one of them")
+        named[name] = path
+    return named
 
 def list_training_images(
     root: Path,          # a dataset's folder or table
@@ -288,8 +292,7 @@ def read_digests(
     remedy = "{}: what a heldout dataset is made of is drawn on with 8 bits, and nothing of it is left out"
     try:
         found = digests(root, [path.relative_to(root).as_posix() for path in paths])
-    except DataError as e:
-        if "--skip-broken" not in e.remedy: raise
+    except UnreadableImage as e:
         raise DataError(e.what, remedy.format("replace or remove the file")) from None
     for name, content in found.items():
         if content.mode in ("F", "I"):
@@ -373,18 +376,11 @@ def heldout(
 ) -> Path:               # a dataset in MVTec's layout
     "The held-out dataset of a source, in the cache. Raises `DataError` for too few or unreadable images."
     root = Path(root).expanduser()
-    images, folder = training_images(root, layout), root if root.is_dir() else root.parent
+    images = training_images(root, layout)
+    folder = root if root.is_dir() else root.parent
     stem = re.sub(r"[^\w.-]+", "_", name or folder.resolve().name).strip(".")
-    home = cache_dir()/"heldout"
-    home.mkdir(parents=True, exist_ok=True)
-    done = home/f"{stem}-{images.fingerprint}-r{REVISION}-seed{seed}"
-    part = home/f"{done.name}.part"
-    with FileLock(home/f"{done.name}.lock"):
-        if done.is_dir(): return done
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            for cls, paths in images.paths.items(): write_class(part/cls, paths, seed)
-            part.rename(done)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    done = cache_dir()/"heldout"/f"{stem}-{images.fingerprint}-r{REVISION}-seed{seed}"
+    with made_once(done) as part:
+        if part is None: return done
+        for cls, paths in images.paths.items(): write_class(part/cls, paths, seed)
     return done

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'RESIZE', 'LOSSY', 'MOST_MARKED', 'MOST_LEVELS', 'MOST_GREY', 'is_image', 'images_in',
-           'most_megapixels', 'refuse_image', 'opened', 'read_image', 'image_size', 'is_deep', 'has_deep_colours',
-           'to_8_bits', 'load_rgb', 'Framing', 'squared', 'load_image', 'image_array', 'shown_part', 'brightness',
-           'marked', 'mask_files', 'joined_masks', 'load_mask', 'image_oddity', 'mask_oddity']
+           'most_megapixels', 'refuse_image', 'UnreadableImage', 'opened', 'read_image', 'image_size', 'is_deep',
+           'has_deep_colours', 'to_8_bits', 'load_rgb', 'Framing', 'squared', 'load_image', 'image_array', 'shown_part',
+           'brightness', 'marked', 'mask_files', 'joined_masks', 'load_mask', 'image_oddity', 'mask_oddity']
 
 # %% ../../nbs/data/00_images.ipynb #9a41ba0a
 import math, os, re
@@ -57,18 +57,21 @@ def refuse_image(
         raise DataError(f"{path} has {pages} pages", "save the page that is meant as a file of its own")
 
 # %% ../../nbs/data/00_images.ipynb #0788543d
+class UnreadableImage(DataError):
+    "A file that cannot be decoded, or opened at all."
+
 @contextmanager
 def opened(
     path,   # an image file
 ):          # yields the image, not decoded yet
-    "Opens an image; what goes wrong with it becomes a `DataError` that names the file."
+    "Opens an image; what goes wrong with it becomes an `UnreadableImage` that names the file."
     try:
         with Image.open(path) as image: yield image
     except MddBenchError: raise
     except Exception as e:
         reason = re.split(" '?/", str(e))[0] or type(e).__name__
         remedy = "replace or remove the file, or pass --skip-broken"
-        raise DataError(f"unreadable image {path} ({reason})", remedy) from None
+        raise UnreadableImage(f"unreadable image {path} ({reason})", remedy) from None
 
 def read_image(
     path,           # an image file
@@ -81,6 +84,7 @@ def read_image(
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
+# %% ../../nbs/data/00_images.ipynb #c92c0910
 def image_size(
     path,                # an image file
 ) -> tuple[int, int]:    # height, width, as a viewer shows it
@@ -241,9 +245,10 @@ def mask_oddity(
     share: float = None,   # of the pixels that are marked, together with the image's other masks; None: by it
 ) -> str:
     "Returns what may be wrong about a decoded mask; nothing for most."
-    share, values = marked(image).mean() if share is None else share, brightness(image)
+    if share is None: share = marked(image).mean()
     if not share: return "it marks nothing"
     if share > MOST_MARKED: return f"it marks {share:.0%} of its image"
+    values = brightness(image)
     if image.format in LOSSY: grey = ((values > 32) & (values < 223)).mean() > MOST_GREY
     else: grey = len(np.unique(values)) > MOST_LEVELS
     return "it has many grey levels, like a photo" if grey else ""

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'TEST_SHARE', 'GOOD_NAMES', 'BAD_NAMES', 'MASK_NAMES', 'SPLIT_NAMES', 'SPLITS', 'Layout', 'layout',
-           'folders_in', 'masks_of', 'find_mask', 'kind_rows', 'for_test', 'named_folder', 'plain_classes', 'plain',
-           'class_folders', 'mvtec', 'mvtec_3d', 'mvtec_ad_2', 'btad', 'dagm', 'by_mask', 'beside', 'kolektor2',
-           'kolektor', 'safe_name', 'listed_row', 'folder_of', 'read_json', 'entry_value', 'read_csv', 'entry_flag',
-           'anomaly', 'visa_kinds', 'visa', 'whole_mask', 'ader', 'uniad', 'realiad_lists', 'realiad', 'row_fault',
-           'checked_row', 'csv_rows', 'has_mark', 'recognise', 'unrecognised', 'unknown_class', 'table_of',
-           'normal_training', 'unused_files', 'dataset_rows', 'read_catalog']
+           'folders_in', 'masks_of', 'find_mask', 'kind_rows', 'for_test', 'named_folder', 'plain_classes',
+           'masks_of_kind', 'plain', 'class_folders', 'mvtec', 'mvtec_3d', 'mvtec_ad_2', 'btad', 'dagm', 'by_mask',
+           'beside', 'kolektor2', 'kolektor', 'safe_name', 'listed_row', 'folder_of', 'read_json', 'entry_value',
+           'read_csv', 'entry_flag', 'anomaly', 'visa_kinds', 'visa', 'whole_mask', 'ader', 'uniad', 'realiad_lists',
+           'realiad', 'row_fault', 'checked_row', 'csv_rows', 'has_mark', 'recognise', 'unrecognised', 'unknown_class',
+           'table_of', 'normal_training', 'unused_files', 'dataset_rows', 'read_catalog']
 
 # %% ../../nbs/data/01a_layouts.ipynb #57fc1759
 import csv, hashlib, io, json, os, re, warnings
@@ -89,7 +89,9 @@ TEST_SHARE = .2     # of the good images, where a dataset has no split (ours)
 def for_test(names) -> set:
     "Returns the share of the names that goes to the test: those of lowest hash, at least one of two (ours)."
     by_hash = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    return set(by_hash[:max(1, round(TEST_SHARE*len(by_hash)))]) if len(by_hash) > 1 else set()
+    if len(by_hash) < 2: return set()
+    number = max(1, round(TEST_SHARE*len(by_hash)))
+    return set(by_hash[:number])
 
 # %% ../../nbs/data/01a_layouts.ipynb #d973abcf
 GOOD_NAMES = ("good", "ok", "normal")
@@ -108,20 +110,29 @@ def plain_classes(root: Path) -> list[Path]:
     good = [p for p in [root, *below] if named_folder(p, GOOD_NAMES)]
     return good if any(named_folder(p, BAD_NAMES) for p in good) else []
 
+# %% ../../nbs/data/01a_layouts.ipynb #d5e8c771
+def masks_of_kind(masks: Path | None, kind: str) -> Path | None:
+    "Returns the folder with the masks of a kind: that of its name where there is one, else that of all."
+    if masks is None: return None
+    return masks/kind if (masks/kind).is_dir() else masks
+
 @layout("plain", plain_classes, "[<class>/]good/*, bad/* or bad/<kind>/*, masks/<stem>.png")
 def plain(root: Path) -> Iterator[Row]:
     "Folders of good and of bad images; a fifth of the good ones is tested (ours)."
     for folder in plain_classes(root):
         row = Row("", "", folder.resolve().name, "train", "good")
         good, masks = named_folder(folder, GOOD_NAMES), named_folder(folder, MASK_NAMES)
-        normal = [found for part in [good, *folders_in(good)] for found in kind_rows(root, part, row)]
+        normal = []
+        for part in [good, *folders_in(good)]: normal += kind_rows(root, part, row)
         tested = for_test(Path(found.path).name for found in normal)
         for found in normal:
-            yield found._replace(split="test") if Path(found.path).name in tested else found
+            is_tested = Path(found.path).name in tested
+            yield found._replace(split="test") if is_tested else found
         bad = named_folder(folder, BAD_NAMES)
-        for kind in [bad, *folders_in(bad)] if bad else []:
-            of_kind = masks/kind.name if masks and (masks/kind.name).is_dir() else masks
-            yield from kind_rows(root, kind, row._replace(split="test", kind=kind.name), of_kind)
+        if bad is None: continue
+        for kind in [bad, *folders_in(bad)]:
+            anomalous = row._replace(split="test", kind=kind.name)
+            yield from kind_rows(root, kind, anomalous, masks_of_kind(masks, kind.name))
 
 # %% ../../nbs/data/01a_layouts.ipynb #118995fe
 def class_folders(
@@ -209,13 +220,15 @@ def kolektor2(root: Path) -> Iterator[Row]:
 @layout("kolektor", "kos*/Part*_label.bmp", "kos<item>/Part<n>.jpg, Part<n>_label.bmp")
 def kolektor(root: Path) -> Iterator[Row]:
     "KolektorSDD: a mask beside each image; of the items, a fifth is tested, and all defective images (ours)."
-    items, rows = [p for p in folders_in(root) if p.name.startswith("kos")], []
-    tested, row = for_test(item.name for item in items), Row("", "", "kolektor", "train", "good")
+    items = [p for p in folders_in(root) if p.name.startswith("kos")]
+    tested = for_test(item.name for item in items)
+    normal, rows = Row("", "", "kolektor", "train", "good"), []
     for item in items:
         parts = [p for p in images_in(item) if not p.stem.endswith("_label")]
-        rows += [beside(root, part, "_label.bmp", row) for part in parts]
+        rows += [beside(root, part, "_label.bmp", normal) for part in parts]
     for row in by_mask(root, rows):
-        yield row._replace(split="test") if row.path.split("/")[0] in tested or row.mask else row
+        is_tested = row.mask or row.path.split("/")[0] in tested
+        yield row._replace(split="test") if is_tested else row
 
 # %% ../../nbs/data/01a_layouts.ipynb #e8d02d81
 def safe_name(
@@ -264,12 +277,14 @@ def entry_value(
     entry,            # of a list
     key: str,
     source,           # the list, for the message
-    kind=object,      # what the value must be: list, dict, or anything
+    kind=None,        # what the value must be: list or dict; None: anything
 ):
     "Returns a value of an entry; raises `DataError` when it is not there, or something else."
-    if isinstance(entry, dict) and isinstance(entry.get(key, ...), kind) and key in entry: return entry[key]
-    problem = f"{source} has no {kind.__name__} {key!r} in {str(entry)[:80]}"
-    raise DataError(problem.replace("object ", ""), "repair the file, or pass another --layout")
+    there = isinstance(entry, dict) and key in entry
+    if there and (kind is None or isinstance(entry[key], kind)): return entry[key]
+    wanted = f"{kind.__name__} {key!r}" if kind else repr(key)
+    problem = f"{source} has no {wanted} in {str(entry)[:80]}"
+    raise DataError(problem, "repair the file, or pass another --layout")
 
 # %% ../../nbs/data/01a_layouts.ipynb #f8a8cd09
 def read_csv(path: Path, columns) -> list[dict]:
@@ -376,19 +391,19 @@ def realiad(root: Path) -> Iterator[Row]:
 # %% ../../nbs/data/01a_layouts.ipynb #fe20aa09
 SPLITS = ("train", "test", "calibration")
 
-def row_fault(row: Row) -> str:
-    "Returns what is wrong with a row; nothing for most."
+def row_fault(row: Row) -> tuple[str, str] | None:
+    "Returns what is wrong with a row and what to do about it; None for most."
     try: "".join(row).encode()
-    except UnicodeEncodeError: return f"the name {ascii(row.path)} is no UTF-8: rename the file"
+    except UnicodeEncodeError: return f"the name {ascii(row.path)} is no UTF-8", "rename the file"
     empty = [name for name in ("path", "cls", "kind") if not getattr(row, name)]
-    if empty: return f"no {', '.join(empty)} of {row.path or 'an image'}: fill it in"
-    if row.split not in SPLITS: return f"split {row.split!r} of {row.path}: known are {', '.join(SPLITS)}"
+    if empty: return f"no {', '.join(empty)} of {row.path or 'an image'}", "fill it in"
+    if row.split not in SPLITS: return f"split {row.split!r} of {row.path}", f"known are {', '.join(SPLITS)}"
     odd = [name for name in (row.cls, row.kind) if name in (".", "..") or set(name) & set("/\\\0")]
-    if odd: return f"{odd[0]!r} as a class or kind: use the name of a folder, without slashes"
+    if odd: return f"{odd[0]!r} as a class or kind", "use the name of a folder, without slashes"
     of_kind = f"kind {row.kind!r} of {row.path}"
-    if row.kind.lower() in GOOD_NAMES and row.kind != "good": return f"{of_kind}: write good"
-    if row.split == "calibration" and row.kind != "good": return f"{of_kind}: images for calibration are good"
-    return ""
+    if row.kind.lower() in GOOD_NAMES and row.kind != "good": return of_kind, "write good"
+    if row.split == "calibration" and row.kind != "good": return of_kind, "images for calibration are good"
+    return None
 
 def checked_row(
     row: Row,
@@ -396,8 +411,8 @@ def checked_row(
 ) -> Row:
     "Returns the row; raises `DataError` for one that lacks something, or contradicts itself."
     fault = row_fault(row)
-    if not fault: return row
-    what, remedy = fault.rsplit(": ", 1)
+    if fault is None: return row
+    what, remedy = fault
     raise DataError(f"{where}: {what}", remedy)
 
 # %% ../../nbs/data/01a_layouts.ipynb #0fa3c8f3

@@ -79,8 +79,8 @@ class ImageDataset(Dataset):
         turn = i//self.rows
         if image is not None: item["image"] = turned(torch.from_numpy(image), turn)
         if self.defects:
-            abnormal, mask = self.defects(image, i, self.epoch)
-            item |= dict(abnormal=torch.from_numpy(abnormal), mask=torch.from_numpy(mask))
+            pair = self.defects(image, i, self.epoch)
+            item["abnormal"], item["mask"] = (turned(torch.from_numpy(array), turn) for array in pair)
         if self.masks: item["mask"] = turned(labelled_mask(self.root/self.masks[i], self.framing), turn)
         return item
 

@@ -15,19 +15,17 @@ __all__ = ['VERSION', 'SIDE', 'PIXEL_Y', 'PIXEL_X', 'CAP_MARKS', 'CLASSES', 'LEA
            'embedded']
 
 # %% ../../nbs/data/02_synthetic.ipynb #dcd0d068
-import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 from scipy import fft
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
-from .catalog import cache_dir
+from .catalog import cache_dir, made_once
 from ..errors import DataError, unknown
 
 # %% ../../nbs/data/02_synthetic.ipynb #9ef6bc61
@@ -843,15 +841,7 @@ def embedded(
 ) -> Path:        # folder with one sub-folder per class
     "The benchmark's folder in the cache, drawn on first use. Raises `SpecError` for an unknown name."
     if name not in NAMES: raise unknown("embedded benchmark", name, NAMES)
-    home = cache_dir()/"embedded"
-    done = home/f"{name}-seed{seed}"
-    part = home/f"{name}-seed{seed}.part"
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home/f"{name}-seed{seed}.lock"):
-        if done.is_dir(): return done
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            write_embedded(part, NAMES[name], seed).rename(done)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    done = cache_dir()/"embedded"/f"{name}-seed{seed}"
+    with made_once(done) as part:
+        if part: write_embedded(part, NAMES[name], seed)
     return done

@@ -211,7 +211,7 @@ def step_likelihoods(
     "Choose positions of a level, and return their likelihoods."
     anomalous = features.new_zeros(len(features)*features[0, 0].numel(), dtype=torch.bool)
     if labelled is not None:
-        in_defect = defective(mask, labelled.shape[-2:])[0]
+        in_defect = defective(mask, labelled.shape[-2:]).anomalous
         features = torch.cat([features, labelled])
         anomalous = torch.cat([anomalous, in_defect.flatten()])
     normal = at_most(~anomalous, most)

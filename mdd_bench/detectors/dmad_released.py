@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
-from .detector import Detector, Prediction, Recipe, labelled_batches, normal_batches
-from .detector import option, register, texture_batches, texture_source
+from .detector import Detector, Recipe, labelled_batches, normal_batches
+from .detector import option, patch_prediction, register, texture_batches, texture_source
 from .dmad_banks import TEXTURE_RATIO, AbnormalParts, BankRows, choose_rows, joined
 from .dmad_banks import labelled_patches, points_around
 from .simplenet import Discriminator, xavier
 from ..parts.bank import nearest
-from ..parts.patches import DefectivePatches, as_rows, patch_features
+from ..parts.patches import DefectivePatches, as_rows, patch_features, touched_or_best
 
 # %% ../../nbs/detectors/26a_dmad_released.ipynb #5386f521
 class ReleasedKnowledge(nn.Module):
@@ -74,10 +74,7 @@ def released_filter(
     "Find where any defect at all, enlarged or shrunk bilinearly, is not zero (released code)."
     defect = (mask > 0).float()[:, None]
     touched = F.interpolate(defect, grid, mode="bilinear")[:, 0] != 0
-    coverage = F.adaptive_avg_pool2d(mask, grid).flatten(1)
-    best = F.one_hot(coverage.argmax(1), coverage.shape[1]).view_as(touched).bool()
-    best_only = ~touched.flatten(1).any(1)
-    return DefectivePatches(torch.where(best_only[:, None, None], best, touched), best_only)
+    return touched_or_best(touched, F.adaptive_avg_pool2d(mask, grid))
 
 # %% ../../nbs/detectors/26a_dmad_released.ipynb #8ff4e9ce
 def class_centres(
@@ -248,7 +245,6 @@ class DMADReleased(ReleasedNetwork):
         scores = []
         for part in rows.split(2**15):
             scores.append(self.network(self.representation(part, nearest_numbers(banks, part))))
-        grid = -torch.cat(scores).view(len(patches), 1, *patches.shape[-2:])
-        return Prediction(F.interpolate(grid, size, mode="bilinear")[:, 0], grid.amax((1, 2, 3)))
+        return patch_prediction(-torch.cat(scores), patches, size)
 
     def facts(self): return dict(banks=self.counts) if self.counts else {}

@@ -7,9 +7,9 @@ __all__ = ['FUSIONS', 'BRANCHES', 'MEMORIES', 'WITHOUT_MEMORY', 'WITHOUT_CLUSTER
            'PARENT', 'MEMORY_WEIGHT', 'PROTOTYPE_RATE', 'SAVED_CENTRES', 'GROUP_NAMES', 'Decoded', 'LevelMaps',
            'discrepancy_maps', 'mask_at_level', 'dist_loss', 'fuse_maps', 'standardise', 'LevelScale', 'moments',
            'measure_levels', 'TrainingGroups', 'identity_mix', 'MemoryRead', 'Memory', 'embeddings_by_group',
-           'prototype_losses', 'MDDNetOptions', 'Branches', 'make_branches', 'mddnet_losses', 'find_clusters',
-           'update_memory', 'count_training_use', 'memory_facts', 'parameter_groups', 'make_room', 'named_group',
-           'maps_of_batches', 'MDDNet']
+           'prototype_losses', 'training_needs', 'MDDNetOptions', 'Branches', 'make_branches', 'mddnet_losses',
+           'find_clusters', 'update_memory', 'count_training_use', 'memory_facts', 'parameter_groups', 'make_room',
+           'named_group', 'maps_of_batches', 'MDDNet']
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #b2ea5541
 from typing import NamedTuple
@@ -100,27 +100,31 @@ class LevelScale(nn.Module):
         self.register_buffer("deviation", torch.ones(2, levels))
 
     def forward(self, maps: LevelMaps) -> LevelMaps:
-        rows = zip((m for m in maps if m is not None), self.mean, self.deviation)
-        return LevelMaps(*(standardise(*row) for row in rows))
+        tr = standardise(maps.tr, self.mean[0], self.deviation[0])
+        if maps.ri is None: return LevelMaps(tr)
+        return LevelMaps(tr, standardise(maps.ri, self.mean[1], self.deviation[1]))
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #40a9b677
 def moments(
-    level_map,  # any shape
-):              # [3] float64: count, sum, sum of squares
+    levels,  # one [B, H_i, W_i] per level
+):           # [levels, 3] float64: count, sum, sum of squares
     "What the mean and the deviation over many batches are made of (ours)."
-    m = level_map.double()
-    count = torch.full_like(m.sum(), m.numel())
-    return torch.stack([count, m.sum(), m.square().sum()])
+    rows = []
+    for level in levels:
+        m = level.double()
+        count = m.new_tensor(m.numel())
+        rows.append(torch.stack([count, m.sum(), m.square().sum()]))
+    return torch.stack(rows)
 
 def measure_levels(
     scale: LevelScale,
-    maps_of_batches,    # LevelMaps of all training normals, a batch at a time
+    all_maps,  # LevelMaps of all training normals, a batch at a time
 ):
     "Set the mean and deviation of each level, in place (ours)."
     sums = 0.
-    for maps in maps_of_batches:
-        rows = [torch.stack([moments(m) for m in levels]) for levels in maps if levels is not None]
-        sums = sums + torch.stack(rows)                               # [maps, levels, 3]
+    for maps in all_maps:
+        present = [maps.tr] if maps.ri is None else [maps.tr, maps.ri]
+        sums = sums + torch.stack([moments(levels) for levels in present])    # [maps, levels, 3]
     count, total, squares = sums.unbind(-1)
     mean = total/count
     variance = (squares/count - mean**2).clamp(min=1e-12)
@@ -219,6 +223,17 @@ WITHOUT_IDENTITY = {"branches!=both": None}
 WITHOUT_DEFECTS = {"branches=distillation": None}
 PARENT = dict(branches="distillation", decoder="mirror", memory="none")     # it is trained as RD4AD
 
+# %% ../../nbs/detectors/22_mddnet.ipynb #6c74dd6c
+def training_needs(
+    branches: str,  # one of BRANCHES
+    memory: str,    # one of MEMORIES
+) -> frozenset:
+    "What a training batch must carry beyond clean features."
+    needs = set()
+    if branches != "distillation": needs.add("pairs")
+    if memory == "class": needs.add("cls")
+    return frozenset(needs)
+
 # %% ../../nbs/detectors/22_mddnet.ipynb #2b9a083c
 class MDDNetOptions(Detector):
     "The options of MDD-Net, and what they ask of a training: its batches, its length."
@@ -247,9 +262,9 @@ class MDDNetOptions(Detector):
 
     def __init__(self, backbone, classes=1, **options):
         super().__init__(backbone, classes, **options)
-        pairs = self.branches != "distillation"
-        self.needs = frozenset(["pairs"]*pairs + ["cls"]*(self.memory == "class"))
-        self.defects = dict(probability=self.anomaly_probability, textures=self.textures) if pairs else None
+        self.needs = training_needs(self.branches, self.memory)
+        if "pairs" in self.needs:
+            self.defects = dict(probability=self.anomaly_probability, textures=self.textures)
         if PARENT.items() <= self.options.items(): self.recipe = RD4AD.recipe
 
 # %% ../../nbs/detectors/22_mddnet.ipynb #76d567e2
@@ -304,15 +319,16 @@ MEMORY_WEIGHT = .1     # of each of the memory's terms (MNAD)
 def mddnet_losses(
     network: Branches,
     batch: dict,          # `features` of the normal images; `mask` with defects, `cls` with class memory
-    seen,                 # the features that the decoders see: with defects, or the normal ones themselves
+    damaged,              # features of the images with defects; None: the decoders see the normal ones
     dist_weight: float,
 ) -> dict:                # named scalars
     "All terms of MDD-Net's loss, weighted (second-hand; weights: ours)."
     normal, memory = batch["features"], network.memory
     group = None if memory is None else memory.groups(batch)
+    seen = normal if damaged is None else damaged
     decoded = network(seen, group)
     restored, identity = decoded.restored, decoded.identity
-    name = "distillation" if seen is normal else "restoration"
+    name = "distillation" if damaged is None else "restoration"
     terms = {name: cosine_loss(restored, normal)}
     if identity is not None:
         terms["identity"] = cosine_loss(identity, seen)
@@ -428,8 +444,8 @@ class MDDNet(MDDNetOptions):
         if self.memory == "cluster": find_clusters(self.network.memory, batches)
 
     def losses(self, batch):
-        seen = batch["features_abnormal"] if "pairs" in self.needs else batch["features"]
-        return mddnet_losses(self.network, batch, seen, self.dist_weight)
+        damaged = batch["features_abnormal"] if "pairs" in self.needs else None
+        return mddnet_losses(self.network, batch, damaged, self.dist_weight)
 
     def on_epoch(self, epoch, batches):
         if self.memory != "none": update_memory(self.network, batches)

@@ -21,7 +21,7 @@ def image_score(
     neighbours: int = 9,  # b
 ):               # [B]
     "Return the largest distance, weighted by how rare the nearest row is (PatchCore, eq. 7)."
-    neighbour_rows = nearest(bank[row], bank, neighbours)[1]
+    neighbour_rows = nearest(bank[row], bank, neighbours).index
     around = bank[neighbour_rows]                              # [B, b, D], the row itself first
     if around.shape[1] == 1: return distance
     share = (patch[:, None] - around).norm(dim=2).softmax(1)[:, 0]
@@ -37,7 +37,8 @@ def compare(
     "Return the distances to the bank as a map, enlarged bilinearly (released code), and the image scores."
     images, _, height, width = patches.shape
     rows = as_rows(patches)
-    distance, row = (x.view(images, height*width) for x in nearest(rows, bank))
+    found = nearest(rows, bank)
+    distance, row = found.distance.view(images, -1), found.index.view(images, -1)
     image, farthest = torch.arange(images, device=rows.device), distance.argmax(1)
     patch = rows.view(images, height*width, -1)[image, farthest]
     score = image_score(patch, distance[image, farthest], bank, row[image, farthest], neighbours)
@@ -52,20 +53,17 @@ class PatchRows:
         by_class: bool = False, # True: rows are grouped by class; False: all rows are one group
     ):
         self.batches, self.by_class = batches, by_class
+        self.groups = None      # the group of each row [N], once all batches have been read
 
     def __iter__(self):
-        self.group_parts = []
+        group_parts = []
         for batch in self.batches:
             patches = patch_features(batch["features"])
             images, _, height, width = patches.shape
             group = batch["cls"] if self.by_class else torch.zeros(images, dtype=torch.long)
-            self.group_parts.append(group.to(patches.device).repeat_interleave(height*width))
+            group_parts.append(group.to(patches.device).repeat_interleave(height*width))
             yield as_rows(patches)
-
-    @property
-    def groups(self):
-        "The group of each row [N], once all batches have been read."
-        return torch.cat(self.group_parts)
+        self.groups = torch.cat(group_parts)
 
 # %% ../../nbs/detectors/23_patchcore.ipynb #5fda883f
 def random_rows(
@@ -110,7 +108,8 @@ class PatchCore(Detector):
 
     def prepare(self, batches):
         rows = PatchRows(batches, by_class=self.coreset_scope == "class")
-        small = project(rows, 256 if self.subsampling == "greedy" else 1)
+        numbers_per_row = 256 if self.subsampling == "greedy" else 1      # random rows are not compared
+        small = project(rows, numbers_per_row)
         picks = subsample(small, rows.groups, self.coreset_ratio, self.subsampling)
         self.bank = take(rows, picks)
 

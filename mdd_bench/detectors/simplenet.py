@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .detector import Detector, Prediction, Recipe, normal_batches, option, register
+from .detector import Detector, Recipe, normal_batches, option, patch_prediction, register
 from ..options import as_float
 from ..parts.patches import as_rows, mean_and_deviation, patch_features
 
@@ -105,5 +105,4 @@ class SimpleNet(Detector):
     def predict(self, features, size):
         patches = patch_features(features)
         scores = self.discriminator(self.adaptor(as_rows(patches)))
-        grid = -scores.view(len(patches), 1, *patches.shape[-2:])
-        return Prediction(F.interpolate(grid, size, mode="bilinear")[:, 0], grid.amax((1, 2, 3)))
+        return patch_prediction(-scores, patches, size)

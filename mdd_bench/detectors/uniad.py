@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIM', 'HEADS', 'HIDDEN', 'LAYERS', 'DROPOUT', 'REPEATABLE', 'align', 'as_tokens', 'jitter_tokens', 'neighbour_mask',
-           'neighbour_side', 'Attention', 'Positions', 'mlp', 'EncoderLayer', 'DecoderLayer', 'copies', 'Transformer',
-           'window_score', 'odd_or_zero', 'finite_jitter', 'check_grid', 'grid_tokens', 'UniAD']
+           'largest_odd', 'neighbour_side', 'Attention', 'Positions', 'mlp', 'EncoderLayer', 'DecoderLayer', 'copies',
+           'Transformer', 'window_score', 'odd_or_zero', 'finite_jitter', 'first_grid', 'check_grid', 'grid_tokens',
+           'UniAD']
 
 # %% ../../nbs/detectors/25_uniad.ipynb #f75490cb
 import math
@@ -53,13 +54,17 @@ def neighbour_mask(
     return distance <= (k - 1)//2
 
 # %% ../../nbs/detectors/25_uniad.ipynb #ada95d72
+def largest_odd(n: int) -> int:
+    "Return the largest odd number up to n, or 1."
+    return max(n if n % 2 else n - 1, 1)
+
 def neighbour_side(
     grid,                   # (h, w)
     k: int | None = None,   # what was asked for; None: half of the shorter side, odd
 ) -> int:
     "Return the side of the masked square (ours); raises `SpecError` when a position could attend to nothing."
     most = max(2*(max(grid)//2) - 1, 0)
-    side = max((min(grid)//2 - 1) | 1, 1) if k is None else k
+    side = largest_odd(min(grid)//2) if k is None else k
     if side > most:
         where = f"of the {grid[0]} x {grid[1]} grid"
         raise SpecError(f"neighbours={side} leaves a position {where} nothing to attend to",
@@ -211,6 +216,13 @@ def finite_jitter(jitter: float):
     if math.isinf(jitter): raise SpecError(f"jitter={jitter}", "give a finite number, or 0 for no jitter")
 
 # %% ../../nbs/detectors/25_uniad.ipynb #7574c044
+def first_grid(
+    batches,  # with `features`
+):            # (h, w)
+    "Return the grid of the last level, as the first batch has it."
+    features = next(iter(batches))["features"]
+    return tuple(features[-1].shape[-2:])
+
 def check_grid(
     trained,  # (h, w) of the model, (0, 0) before it knows one
     given,    # (h, w) of features
@@ -252,7 +264,7 @@ class UniAD(Detector):
     def grid(self): return self.transformer.positions.grid
 
     def resize(self, grid): self.transformer.resize(grid, neighbour_side(grid, self.neighbours))
-    def prepare(self, batches): self.resize(tuple(next(iter(batches))["features"][-1].shape[-2:]))
+    def prepare(self, batches): self.resize(first_grid(batches))
     def facts(self): return dict(grid=list(self.grid), neighbours=neighbour_side(self.grid, self.neighbours))
 
     def losses(self, batch):

@@ -6,8 +6,8 @@
 __all__ = ['MANIFEST', 'UNFINISHED', 'SET_ASIDE', 'SAID', 'chunk_size', 'clean_features', 'FeatureCache', 'checksum',
            'read_manifest', 'is_sound', 'use', 'in_use', 'Entry', 'read_entry', 'FeatureStore', 'most_room',
            'make_room', 'level_header', 'LevelWriter', 'Claim', 'start_entry', 'write_entry', 'machine', 'entry_key',
-           'warn_once', 'find_entry', 'claim_entry', 'stored_features', 'open_feature_cache', 'entry_row',
-           'clear_store']
+           'warn_once', 'find_entry', 'Busy', 'claim_entry', 'fill_entry', 'stored_features', 'open_feature_cache',
+           'entry_row', 'clear_store']
 
 # %% ../../nbs/parts/10a_feature_cache.ipynb #6eb53ab9
 import hashlib, io, json, os, shutil, time, uuid, warnings, zlib
@@ -224,7 +224,7 @@ class Claim:
     writers: list     # one LevelWriter per level
 
     def abandon(self):
-        "Remove the folder, if it is still there under this name."
+        "Close the files and remove the folder; only for a claim that did not become an entry."
         for writer in self.writers:
             try:
                 writer.file.close()
@@ -331,13 +331,16 @@ def find_entry(
     return None
 
 # %% ../../nbs/parts/10a_feature_cache.ipynb #50e263b7
+class Busy(Exception):
+    "Another process is writing an entry, or has just written it."
+
 def claim_entry(
     store: FeatureStore,
     key: str,
-    n: int,       # images of the set
-    shapes,       # [C, H, W] of each level
-):                # a Claim; None: not one image fits; "busy": another process is at it
-    "Claim a key for writing, and make room; an `OSError` where the folder cannot be written."
+    n: int,         # images of the set
+    shapes,         # [C, H, W] of each level
+) -> Claim | None:  # None: not one image fits
+    "Claim a key for writing, and make room; raises `Busy`, and `OSError` where the folder cannot be written."
     part = store.root/f"{key}{UNFINISHED}"
     per_image = 2*sum(int(np.prod(shape)) for shape in shapes)
     others = 256*len(shapes) + 4096     # headers and manifest, at most
@@ -345,13 +348,33 @@ def claim_entry(
     with store.locked():
         room = make_room(store, wanted)
         if part.is_dir() or (store.root/key).is_dir():
-            return "busy"
+            raise Busy
         rows = min(n, int(room - others)//per_image)
         if rows < n and wanted <= store.limit:
             warn_once(f"{store.root} has no room for all features: the disk is full, or others use it")
         return start_entry(part, shapes, rows, wanted) if rows > 0 else None
 
 # %% ../../nbs/parts/10a_feature_cache.ipynb #fa049d58
+def fill_entry(
+    store: FeatureStore,
+    key: str,
+    claim: Claim,
+    backbone,      # a frozen Backbone
+    batches,       # iterable of dicts with `image`: all images, in order
+    about: dict,   # what they are of: at least `images`, how many there are
+    device,        # where the backbone is
+) -> FeatureCache:
+    "Write an entry and give it its name; nothing of it is left where that fails."
+    try:
+        write_entry(claim, backbone, batches, about, device)
+        with store.locked():
+            claim.part.rename(store.root/key)
+    except BaseException:
+        claim.abandon()
+        raise
+    return FeatureCache(store.root/key, backbone, about["images"], claim.lock)
+
+# %% ../../nbs/parts/10a_feature_cache.ipynb #d12ce4d5
 def stored_features(
     store: FeatureStore,
     key: str,
@@ -362,24 +385,21 @@ def stored_features(
 ):                 # a FeatureCache, or None: not one image fits
     "Find or make the entry of a key; an `OSError` where the folder cannot be written or the disk is full."
     n, shapes = about["images"], None
-    while (found := find_entry(store, key, n, backbone)) is None:
+    while True:
+        found = find_entry(store, key, n, backbone)
+        if found is not None:
+            return found
         if shapes is None:
             first = next(iter(batches()))["image"][:1].to(device)
             shapes = [level.shape[1:] for level in backbone(first)]
-        claim = claim_entry(store, key, n, shapes)
-        if claim is None:
-            return None
-        if claim == "busy":
+        try:
+            claim = claim_entry(store, key, n, shapes)
+        except Busy:
             time.sleep(.2)
             continue
-        try:
-            write_entry(claim, backbone, batches(), about, device)
-            with store.locked():
-                claim.part.rename(store.root/key)
-            return FeatureCache(store.root/key, backbone, n, claim.lock)
-        finally:
-            claim.abandon()
-    return found
+        if claim is None:
+            return None
+        return fill_entry(store, key, claim, backbone, batches(), about, device)
 
 # %% ../../nbs/parts/10a_feature_cache.ipynb #0cae2497
 def open_feature_cache(
