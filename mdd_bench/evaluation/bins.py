@@ -20,7 +20,7 @@ def starts(
     "Positions of the runs of equal keys."
     new = np.ones(len(keys) + 1, bool)
     np.not_equal(keys[1:], keys[:-1], out=new[1:-1])
-    return np.flatnonzero(new) if len(keys) else np.zeros(1, int)
+    return np.flatnonzero(new)
 
 
 def counted(

@@ -161,9 +161,13 @@ def _tails(spread, level):
     return np.quantile(spread, [position, 1 - position], method="hazen")
 
 # %% ../../nbs/reporting/62_statistics.ipynb #2b50002e
-def _seeds(records): return [tuple(record.spec.get(name) for name in SEEDS) for record in records]
+def _seeds_of(record): return tuple(record.spec.get(name) for name in SEEDS)
 
-def _in_order(records): return sorted(records, key=lambda r: [str(seed) for seed in _seeds([r])[0]])
+def _seeds(records): return [_seeds_of(record) for record in records]
+
+def _in_order(records):
+    "The records in the order of their seeds; no seed comes last."
+    return sorted(records, key=lambda record: [(s is None, s or 0) for s in _seeds_of(record)])
 
 def _images(records): return np.array([_tested_on(record)[1] for record in records])
 
@@ -174,8 +178,9 @@ def with_same_test(
     "All records of two arms or, where label seeds leave different tests, those of the seeds that both have."
     a, b = _in_order(records_a), _in_order(records_b)
     if len(set(_images([*a, *b]))) == 1: return a, b
-    common = set(_seeds(a)) & set(_seeds(b))
-    return tuple([record for record in arm if _seeds([record])[0] in common] for arm in (a, b))
+    common = {*_seeds(a)} & {*_seeds(b)}
+    def paired(arm): return [record for record in arm if _seeds_of(record) in common]
+    return paired(a), paired(b)
 
 def check_same_seeds(
     records_a,  # of one arm

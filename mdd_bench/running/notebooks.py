@@ -42,7 +42,9 @@ class ForkedKernel:
             if ended: self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def wait(self) -> int | None: return self.poll()
+    def wait(self) -> int | None:
+        "As `poll`, without waiting: jupyter calls it for a kernel that has ended."
+        return self.poll()
 
     def send_signal(self, number: int): os.kill(self.pid, number)
 

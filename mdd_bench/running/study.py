@@ -10,7 +10,7 @@ __all__ = ['PATHS', 'YAML', 'SETTINGS', 'studies_folder', 'list_studies', 'study
            'given', 'describe_study']
 
 # %% ../../nbs/running/58a_study.ipynb #d1c68bef
-import itertools
+import itertools, json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -148,9 +148,14 @@ def typed_parameter(
     value,     # of any type, or text
     default,   # a value, or a list of values
 ):
-    "The value converted to the type of the default; raises `SpecError` where that is impossible."
-    item = converter(type(default[0] if isinstance(default, list) else default))
-    try: return as_list(value, item) if isinstance(default, list) else item(value)
+    """The value converted to the type of the default; raises `SpecError` where that is impossible.
+
+    A default of None and an empty list tell no type: text then becomes what it looks like."""
+    example = default
+    if isinstance(default, list): example = default[0] if default else None
+    try:
+        item = parse_value if example is None else converter(type(example))
+        return as_list(value, item) if isinstance(default, list) else item(value)
     except (ValueError, TypeError, KeyError, OverflowError):
         raise SpecError(f"{name}={value!r} does not fit", f"the default is {default!r}") from None
 
@@ -298,7 +303,7 @@ def parameter_cell(
     for name, o in SETTINGS.items(): values[name], texts[name] = o.default, o.help
     lines = []
     for name, value in values.items():
-        literal = f'"{value}"' if isinstance(value, str) else repr(value)
+        literal = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
         lines.append(f"{f'{name} = {literal}':28}  # {texts[name]}")
     return "\n".join(lines)
 
