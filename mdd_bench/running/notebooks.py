@@ -17,8 +17,11 @@ class ForkedKernel:
 
     def __init__(self):
         reading, self.writing = os.pipe()
-        self.returncode, self.pid = None, os.fork()
-        if self.pid: return os.close(reading)
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid:
+            os.close(reading)
+            return
         os.close(self.writing)
         try: be_kernel(reading)
         finally: os._exit(1)

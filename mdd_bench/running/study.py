@@ -111,8 +111,11 @@ class Study:
     def named_specs(self) -> list[NamedSpec]:
         "Every run of the study: for every arm, each point of the grid. Raises `SpecError` as `make_spec`."
         if self.parameters: return []
-        base, shared = self.base | largest_hold_out(self.base, self.grid), as_dict(self.base.get("options"))
-        arms, points, specs = self.arms or {None: {}}, grid_points(self.base, self.grid), []
+        base = self.base | largest_hold_out(self.base, self.grid)
+        shared = as_dict(self.base.get("options"))
+        arms = self.arms or {None: {}}
+        points = grid_points(self.base, self.grid)
+        specs = []
         for (arm, options), point in itertools.product(arms.items(), points):
             values = base | point
             values["options"] = own_options(shared | options, detector_name(values))
@@ -245,34 +248,42 @@ def read_study(file: Path) -> Study:
 def notebook_parameters(study: Study) -> dict:
     "The values that the study's notebook is given by papermill."
     if study.parameters: return study.parameters
-    of_page = dict(baseline=study.baseline) if study.baseline is not None else {}
-    return study.base | study.grid | (dict(arms=list(study.arms)) if study.arms else {}) | of_page
+    values = study.base | study.grid
+    if study.arms: values["arms"] = list(study.arms)
+    if study.baseline is not None: values["baseline"] = study.baseline
+    return values
 
 def study_notebook(study: Study) -> Path | None:
     "The notebook beside the file of a study, if there is one."
-    path = study.file and study.file.with_suffix(".ipynb")
-    return path if path and path.is_file() else None
+    if study.file is None: return None
+    path = study.file.with_suffix(".ipynb")
+    return path if path.is_file() else None
 
 # %% ../../nbs/running/58a_study.ipynb #a245bdb5
 def parameter_names(study: Study) -> list[str]:
     "What can be changed in a study: fields of a run, `arms` and `baseline`, or its own parameters."
     if study.parameters: return list(study.parameters)
-    return [*spec_options(), *["arms"]*bool(study.arms), *["baseline"]*(study.baseline is not None)]
+    names = list(spec_options())
+    if study.arms: names.append("arms")
+    if study.baseline is not None: names.append("baseline")
+    return names
 
 def one_length(changes: dict) -> dict:
     "The changes of a study, where a length of training in steps replaces one in epochs, and the reverse."
-    lengths = {"epochs", "steps"}
-    asked = lengths & changes.keys()
-    return dict.fromkeys(lengths - asked) | changes if asked else changes
+    if "epochs" in changes and "steps" not in changes: return dict(steps=None) | changes
+    if "steps" in changes and "epochs" not in changes: return dict(epochs=None) | changes
+    return changes
 
 def load_study(
     name: str,  # of a study, or the path of a file that ends in .yaml
     **changes,  # fields of RunSpec (a list or 'a,b': an axis), `arms`, `baseline`; or the study's parameters
 ) -> Study:
     "A study from its YAML file, with changes; raises `SpecError` for an unknown name or an impossible value."
-    study = read_study(Path(name) if name.endswith(YAML) else study_path(name, ".yaml"))
+    file = Path(name) if name.endswith(YAML) else study_path(name, ".yaml")
+    study = read_study(file)
     known = parameter_names(study)
-    for parameter, value in (changes if study.parameters else one_length(changes)).items():
+    if not study.parameters: changes = one_length(changes)
+    for parameter, value in changes.items():
         if parameter not in known: raise unknown(f"parameter of the study {study.name}", parameter, known)
         if study.parameters:
             default = study.parameters[parameter]
