@@ -25,8 +25,8 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from ..errors import DataError, unknown
 from .curves import (
-    Curve, Scores, area, f1max, in_two_threads, on_gpu, ordered, precisions, rate, rising)
-from .curves import scores_of, to_numpy
+    Curve, Scores, area, f1max, in_two_threads, keys_of, on_gpu, ordered, precisions, rate, rising)
+from .curves import scores_of, sizes_of, to_numpy
 from .metrics import Evaluator, binary, checked, finite, finite_maps
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #9417bb3c
@@ -182,9 +182,8 @@ def counts_above(
 
     defective = rising(scores.defective, np.int64)
     anomalous, good = map(count, scores.sort())
-    # of the 64 bits, the upper half is the score's key and the lower half the size of the region
-    tp = count([(defective >> 32).astype(np.int32)])
-    region_shares = 1/(defective & 0xffffffff)[::-1]
+    tp = count([keys_of(defective)])
+    region_shares = 1/sizes_of(defective)[::-1]
     overlap = np.append(0, np.cumsum(region_shares))[tp]
     return Curve(tp, anomalous + good - tp, good, overlap)
 

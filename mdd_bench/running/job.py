@@ -39,14 +39,10 @@ class Job:
         return Store(self.out)
 
     @property
-    def notebook(self) -> Path:
-        "Where its notebook is until it is done."
-        return self.store.runs/f"{self.run_id}.part.ipynb"
+    def notebook(self) -> Path: return self.store.runs/f"{self.run_id}.part.ipynb"      # until it is done
 
     @property
-    def log(self) -> Path:
-        "Where its output is kept if it fails."
-        return self.store.runs/f"{self.run_id}.log"
+    def log(self) -> Path: return self.store.runs/f"{self.run_id}.log"      # what a failed run has printed
 
     def has_record(self) -> bool:
         "Whether there is a sound record with every protocol that is asked for."

@@ -19,12 +19,8 @@ class ForkedKernel:
         reading, self.writing = os.pipe()
         self.returncode = None
         self.pid = os.fork()
-        if self.pid:
-            os.close(reading)
-            return
-        os.close(self.writing)
-        try: be_kernel(reading)
-        finally: os._exit(1)
+        if self.pid: os.close(reading)
+        else: be_kernel(reading, self.writing)
 
     def begin(self,
         connection_file: str,  # which ports to use
@@ -56,12 +52,16 @@ class ForkedKernel:
 # %% ../../nbs/running/58c_notebooks.ipynb #943e7cf3
 def be_kernel(
     reading: int,  # end of a pipe from which the connection file comes; nothing comes if no kernel is needed
+    writing: int,  # its other end, which is the parent's
 ):
-    "Wait for the connection file, then be a kernel until it is shut down."
-    from ipykernel.kernelapp import IPKernelApp
-    die_with_the_warm_process()
-    with os.fdopen(reading) as told: connection_file = told.read()
-    if connection_file: IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.quiet=True"])
+    "Wait for the connection file, then be a kernel until it is shut down; this ends the process."
+    os.close(writing)
+    try:
+        from ipykernel.kernelapp import IPKernelApp
+        die_with_the_warm_process()
+        with os.fdopen(reading) as told: file = told.read()
+        if file: IPKernelApp.launch_instance(argv=["-f", file, "--IPKernelApp.quiet=True"])
+    finally: os._exit(1)
 
 # %% ../../nbs/running/58c_notebooks.ipynb #d35d4505
 def manager_of(

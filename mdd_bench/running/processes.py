@@ -250,8 +250,7 @@ class WarmProcess(AskedProcess):
 
         Raises `TrainingError` where the operating system has no room for a process.
         """
-        own = environment_of_runs() | (environment or {})
-        folder = folder or os.getcwd()
+        own, folder = environment_of_runs() | (environment or {}), folder or os.getcwd()
         output = tempfile.TemporaryFile()
         with self.lock:
             self.open_again()
@@ -260,8 +259,7 @@ class WarmProcess(AskedProcess):
                 process = self.process
                 pid = self.ask((target, arguments, folder, own), output)
             except (EOFError, OSError) as e:
-                reason = str(e) or "the warm one was killed"
-                remedy = "free some memory, or use fewer --jobs"
+                reason, remedy = str(e) or "the warm one was killed", "free some memory, or use fewer --jobs"
                 raise TrainingError(f"no process for a run can be started ({reason})", remedy) from None
         return Child(pid, output, partial(self.exit_code_of, process))
 

@@ -111,11 +111,8 @@ class Study:
     def named_specs(self) -> list[NamedSpec]:
         "Every run of the study: for every arm, each point of the grid. Raises `SpecError` as `make_spec`."
         if self.parameters: return []
-        base = self.base | largest_hold_out(self.base, self.grid)
-        shared = as_dict(self.base.get("options"))
-        arms = self.arms or {None: {}}
-        points = grid_points(self.base, self.grid)
-        specs = []
+        base, shared = self.base | largest_hold_out(self.base, self.grid), as_dict(self.base.get("options"))
+        arms, points, specs = self.arms or {None: {}}, grid_points(self.base, self.grid), []
         for (arm, options), point in itertools.product(arms.items(), points):
             values = base | point
             values["options"] = own_options(shared | options, detector_name(values))

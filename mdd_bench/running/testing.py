@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EXACT_PIXELS', 'THUMBNAIL', 'BatchPrediction', 'predict_together', 'predict_batch', 'predictions', 'class_images',
            'predict_class', 'true_mask', 'square_mask', 'ShownPart', 'shown_parts', 'ClassOutcome', 'evaluation_mode',
-           'ClassTest', 'square_masks', 'collect_samples', 'compute_replicates', 'evaluate_class', 'evaluate_classes',
-           'collect_metrics', 'ClassMaps', 'class_maps', 'scores_of_good', 'calibration_scores', 'prediction_quality']
+           'ClassCounts', 'ClassTest', 'square_masks', 'collect_samples', 'compute_replicates', 'evaluate_class',
+           'evaluate_classes', 'collect_metrics', 'ClassMaps', 'class_maps', 'scores_of_good', 'calibration_scores',
+           'prediction_quality']
 
 # %% ../../nbs/running/54_testing.ipynb #d7cc31e4
 import time
@@ -24,7 +25,7 @@ from ..data.loading import ImageDataset
 from ..evaluation.curves import to_numpy
 from ..evaluation.metrics import mean_over_classes
 from ..evaluation.protocols import (
-    ClassResult, ProtocolEvaluator, evaluate_batch, get_protocol, raw_batch)
+    ClassResult, EvaluatedBatch, ProtocolEvaluator, evaluate_batch, get_protocol, raw_batch)
 from ..evaluation.replicates import Replicates, resample_counts
 from ..parts.feature_cache import FeatureCache
 from .identity import ModelPlan, framing_of
@@ -171,18 +172,33 @@ def evaluation_mode(
     return "streaming" if images*size**2 > EXACT_PIXELS else "exact"
 
 # %% ../../nbs/running/54_testing.ipynb #ebed74d6
-class ClassTest:
-    "Collects the outcome of one class, batch by batch."
-    def __init__(self,
-        plan: ModelPlan, cls: str,
-        protocols: list[str],  # the first one decides the scores, the samples and the replicates
-    ):
+class ClassCounts:
+    "Counts the maps of one class under some protocols."
+    def __init__(self, plan: ModelPlan, cls: str, protocols: list[str]):
         self.plan, self.cls, self.framing = plan, cls, framing_of(plan.resolved.spec)
         self.table = plan.dataset.catalog.part(cls=cls, split="test")
         self.defective = (self.table.kind != "good").to_numpy()
         self.located = ~has_no_mask(self.table).to_numpy()
         self.mode = evaluation_mode(len(self.table), plan.resolved.spec.size)
         self.evaluators = {name: ProtocolEvaluator(get_protocol(name), self.mode) for name in protocols}
+
+    def count(self, part: ShownPart) -> list[EvaluatedBatch]:
+        "Count some images under every protocol; returns what the first one compared, by size."
+        labels, located = self.defective[part.index], self.located[part.index]
+        kinds = self.table.kind.iloc[part.index].tolist()
+        compared = []
+        for evaluator in self.evaluators.values():
+            compared.append(evaluator.update(part.maps, part.scores, part.masks, labels, kinds, located))
+        return compared[0]
+
+# %% ../../nbs/running/54_testing.ipynb #b0d4857b
+class ClassTest(ClassCounts):
+    "Collects the outcome of one class, batch by batch."
+    def __init__(self,
+        plan: ModelPlan, cls: str,
+        protocols: list[str],  # the first one decides the scores, the samples and the replicates
+    ):
+        super().__init__(plan, cls, protocols)
         self.keeper, self.replicates, self.replicates_s = SampleKeeper(self.table), Replicates(), 0.
         self.order, self.extra = [], {}
 
@@ -190,20 +206,15 @@ class ClassTest:
         "Add the predictions for a batch of images."
         whole_maps = dict(zip(batch.index, batch.maps))
         for part in shown_parts(batch, self.plan.dataset.catalog.root, self.table, self.framing):
-            labels, located = self.defective[part.index], self.located[part.index]
-            kinds = self.table.kind.iloc[part.index].tolist()
-            counted = []
-            for evaluator in self.evaluators.values():
-                counted.append(evaluator.update(part.maps, part.scores, part.masks, labels, kinds, located))
-            for compared in counted[0]:
+            for compared in self.count(part):
                 index = [part.index[i] for i in compared.index]
                 self.keep(index, compared, whole_maps)
         for name, values in batch.extra.items(): self.extra.setdefault(name, []).extend(values)
 
     def keep(self,
-        index,       # positions of some images in the table
-        compared,    # the `EvaluatedBatch` of these under the first protocol
-        whole_maps,  # position -> the map of an image, padding included
+        index: list[int],          # positions of some images in the table
+        compared: EvaluatedBatch,  # these images under the first protocol
+        whole_maps: dict,          # position -> the map of an image, padding included
     ):
         "Add images that the first protocol compared at one size to the samples and the replicates."
         self.keeper.update(index, [whole_maps[i] for i in index], compared.scores)
