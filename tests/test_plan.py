@@ -218,6 +218,15 @@ def test_a_protocol_that_the_first_entry_lacks_is_computed_by_the_second(tmp_pat
     planned = plan_entries(read_plan(tmp_path/"plan.yaml"), [], tmp_path/"results", True, SETTINGS)
     assert [len(missing_runs(p.runs)) for p in planned] == [2, 2]
 
+def test_a_run_that_the_second_entry_makes_more_of_counts_once_for_the_third(tmp_path, stub):
+    "The first keeps no model; the second does, and so makes the run again; the third may copy either."
+    keeping = [entry(name, "patchcore", keep_model=True) for name in ("second", "third")]
+    (tmp_path/"plan.yaml").write_text(entry("first", "patchcore") + "".join(keeping))
+    planned = plan_entries(read_plan(tmp_path/"plan.yaml"), [], tmp_path/"results", True, SETTINGS)
+    assert [len(missing_runs(p.runs)) for p in planned] == [1, 1, 0]
+    [copied] = planned[2].runs
+    assert copied.source.parents[1] == (tmp_path/"results"/"second").absolute()
+
 def test_images_that_must_not_be_shown_are_not_kept(make, stub):
     not_to_be_shown = entry("second", "patchcore", pictures=False)
     make(entry("first", "patchcore") + not_to_be_shown)

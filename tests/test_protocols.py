@@ -17,8 +17,8 @@ from mdd_bench.errors import DataError, SpecError
 from mdd_bench.evaluation import curves, metrics as metrics_module, protocols
 from mdd_bench.evaluation.metrics import KEYS, Evaluator, UndefinedMetric
 from mdd_bench.evaluation.protocols import (
-    MASK_RULES, PIXEL_RULES, PROTOCOLS, Protocol, ProtocolEvaluator, evaluate, get_protocol, resized, smooth,
-    smooth_tensors,
+    MASK_RULES, PIXEL_RULES, PROTOCOLS, Protocol, ProtocolEvaluator, evaluate, get_protocol, raw_batch,
+    resized, smooth, smooth_tensors,
 )
 
 exact = get_protocol("exact")
@@ -608,6 +608,12 @@ def test_bad_input_is_named_and_not_kept(protocol, name, change, error, message)
     evaluator = ProtocolEvaluator(protocol)
     with pytest.raises(error, match=message): evaluator.update(**batch | {name: change(batch[name])})
     assert not evaluator.by_kind.evaluators and not evaluator.scores
+
+
+def test_a_wrong_number_of_known_masks_is_named():
+    maps, own, masks, labels, kinds = case()
+    with pytest.raises(ValueError, match="maps, masks, labels, kinds, located: 7, 7, 7, 7, 6 images"):
+        raw_batch(maps, own, masks, labels, kinds, [True]*6)
 
 
 def test_bad_own_scores_and_mode():

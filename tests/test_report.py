@@ -1,7 +1,8 @@
 "The report of a results folder: what is in it, what it survives, and how a real browser shows it."
-import base64, io, json, re, shutil
+import base64, io, json, math, re, shutil
 from html.parser import HTMLParser
 from urllib.parse import unquote
+import pandas as pd
 import pytest
 from PIL import Image
 from browser import Browser, find_browser
@@ -11,6 +12,7 @@ from mdd_bench.reporting.arms import settings
 from mdd_bench.reporting.report import facts, report, rest_as_yaml
 from mdd_bench.reporting.shown import default_title, find_studies
 from mdd_bench.reporting.tables import caption, per_class, summary, write_table
+from mdd_bench.reporting.web import read_frame
 from mdd_bench.running.inventory import inventory
 from mdd_bench.running.store import Record, Store
 
@@ -269,6 +271,10 @@ def test_notebooks_can_do_no_harm(tmp_path):
     assert not [link for link in page.links if "javascript" in link] and page.images == []
 
 # --- what is not there, or broken
+
+def test_only_a_cell_that_is_nan_is_a_dash():
+    frame = pd.DataFrame({"method": ["NaNet", "plain"], "mAD": [math.nan, .5]})
+    assert read_frame(frame._repr_html_()).rows == [["0", "NaNet", "-"], ["1", "plain", "0.5"]]
 
 def test_nothing_there(tmp_path):
     (tmp_path/"empty").mkdir()

@@ -3,6 +3,9 @@ import json, shutil
 from dataclasses import asdict, dataclass, fields, replace
 import pytest
 from typer.testing import CliRunner
+from mdd_bench.data.catalog import MASKS
+from mdd_bench.data.images import RESIZE
+from mdd_bench.data.splits import SCHEMES
 from mdd_bench.data.synthetic import write_embedded
 from mdd_bench.detectors import detector as registry
 from mdd_bench.detectors.detector import declared_options, detector_class, full_options, list_detectors
@@ -314,6 +317,11 @@ def test_weights_count_by_content(small, tmp_path):
     assert ids(from_file)[0] != before[0]
 
 # --- what a record says was asked for
+
+def test_choices_that_are_written_in_two_places_are_the_same():
+    "The declaration of a run does not import the data, so that the help of the command line is fast."
+    choices = {name: spec_options()[name].choices for name in ("scheme", "resize", "masks")}
+    assert choices == dict(scheme=SCHEMES, resize=RESIZE, masks=MASKS)
 
 def test_a_filled_spec_has_every_field_and_option(small):
     filled = filled_spec(resolve(small))

@@ -10,7 +10,8 @@ from scipy import stats
 from mdd_bench.errors import SpecError, StoreError
 from mdd_bench.reporting.effects import critical_difference_diagram, draw_effects
 from mdd_bench.reporting.statistics import (Effect, Pair, Ranking, class_values, compare, compare_pairs,
-                                            effect, equivalent, friedman, holm, joined, signed_rank)
+                                            effect, equivalent, friedman, holm, joined, signed_rank,
+                                            with_same_test)
 from mdd_bench.running.store import Record
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
@@ -162,6 +163,14 @@ def test_different_numbers_of_seeds(arms):
     found = effect(arms["y"][:1], arms["x"], "P-AP")
     assert found.seeds == (1, 5) and found.low < found.difference < found.high
     assert "1 seed," in str(found)
+
+
+def test_ten_seeds_and_more_stand_in_the_order_of_their_numbers(arms):
+    numbers = (10, 9, 2, 0, 11)
+    x = [replace(r, spec=r.spec | dict(seed=number)) for r, number in zip(arms["x"], numbers)]
+    assert [r.spec["seed"] for r in with_same_test(x, x)[0]] == sorted(numbers)
+    unlabelled = replace(x[0], spec=x[0].spec | dict(label_seed=3))
+    assert with_same_test([x[0], unlabelled], x)[0] == [unlabelled, x[0]]
 
 
 def test_one_class(arms):

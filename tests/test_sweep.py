@@ -18,7 +18,7 @@ from mdd_bench.running.inventory import inventory, prune
 from mdd_bench.running.job import Failure
 from mdd_bench.running.locks import SILENCE, Holder, Lock, take_away
 from mdd_bench.running.store import Record, Store
-from mdd_bench.running.study import load_study
+from mdd_bench.running.study import Study, load_study, parameter_cell, typed_parameter
 from mdd_bench.running.sweep import Queue, Underway, in_order
 from stub_runs import Progress, log_of, planned
 
@@ -337,6 +337,23 @@ def test_two_arms_that_are_one_run_are_refused(tmp_path, cli):
 
 def test_an_axis_without_values_is_refused():
     with pytest.raises(SpecError, match="seed of the study labels has no"): load_study("labels", seed=[])
+
+@pytest.mark.parametrize("value, default, typed", [
+    ("3", None, 3), ("a.png", None, "a.png"), ("none", None, None), (None, None, None), ("3,b", [], [3, "b"]),
+    ("3", [None], [3])])
+def test_a_parameter_whose_default_has_no_type_takes_any_value(value, default, typed):
+    assert typed_parameter("x", value, default) == typed
+
+def test_a_parameter_whose_default_has_a_strange_type_is_refused():
+    with pytest.raises(SpecError, match="x='3' does not fit"): typed_parameter("x", "3", {1, 2})
+
+STRANGE = 'C:\\new\\"w".pth\n'
+
+def test_a_parameter_cell_holds_the_values_whatever_they_contain():
+    cell, values = parameter_cell(Study("mine", base=dict(weights=STRANGE, data="a'b"))), {}
+    exec(cell, values)
+    assert values["weights"] == STRANGE and values["data"] == "a'b" and values["backbone"] is None
+    assert 'data = "a\'b"' in cell
 
 def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_run(tmp_path, cli):
     (tmp_path/"file").touch()

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN', 'region_sizes', 'ordered', 'scores_of', 'to_numpy', 'on_gpu', 'in_two_threads', 'concatenated', 'rising',
-           'Keys', 'Above', 'above', 'above_in_runs', 'Curve', 'interleaved', 'shifted', 'curve', 'curve_of_scores',
-           'Scores', 'rate', 'area', 'auroc', 'aupro', 'precisions', 'average_precision', 'f1max', 'fpr_at_tpr']
+           'Keys', 'Above', 'above', 'above_in_runs', 'Curve', 'interleaved', 'shifted', 'curve', 'packed', 'keys_of',
+           'sizes_of', 'curve_of_scores', 'Scores', 'rate', 'area', 'auroc', 'aupro', 'precisions', 'average_precision',
+           'f1max', 'fpr_at_tpr']
 
 # %% ../../nbs/evaluation/38_curves.ipynb #b088ef04
 import os
@@ -174,11 +175,10 @@ def shifted(x):
 
 
 def curve(
-    t,                 # [n] distinct scores of defective pixels, falling
-    tp,                # [n] defective pixels at or above t
+    tp,                # [n] defective pixels at or above thresholds: their distinct scores, falling
     overlap,           # [n] the sum over regions of the share found
-    anomalous: Above,  # of t among all pixels of anomalous images, defective ones included
-    good: Above,       # of t among the pixels of good images
+    anomalous: Above,  # of the thresholds among all pixels of anomalous images, defective ones included
+    good: Above,       # of the thresholds among the pixels of good images
 ) -> Curve:            # of 2n + 1 points
     "The counts before and after each threshold (ours)."
     earlier, found = shifted(tp), tp[-1:].sum()
@@ -187,28 +187,47 @@ def curve(
     return Curve(
         tp=interleaved(earlier, tp, found),
         fp=interleaved(before, after, anomalous.total + good.total - found),
-        fp_good=interleaved(*good),
+        fp_good=interleaved(good.greater, good.at_least, good.total),
         overlap=interleaved(shifted(overlap), overlap, overlap[-1:].sum()))
+
+# %% ../../nbs/evaluation/38_curves.ipynb #7c7d62ca
+def packed(
+    keys,   # int32 [n] of defective pixels, from `ordered`
+    sizes,  # [n] of their regions
+):          # int64 [n], the key in the upper half of the bits
+    "Key and size in one integer, so that they are sorted together (ours)."
+    return keys.astype(np.int64) << 32 | sizes
+
+
+def keys_of(defective):  # from `packed`; int32 [n]
+    "The keys of defective pixels."
+    return (defective >> 32).astype(np.int32)
+
+
+def sizes_of(defective):  # from `packed`; int64 [n]
+    "The sizes of their regions."
+    return defective & 0xffffffff
 
 # %% ../../nbs/evaluation/38_curves.ipynb #0a97ac52
 def curve_of_scores(
-    defective,        # int64 [number of defective pixels], rising: score and size of the region
+    defective,        # rising, from `packed`: score and size of the region of each defective pixel
     anomalous, good,  # runs of int32, rising: scores of all pixels of anomalous and of good images
 ) -> Curve:
     "The curve at every distinct score of a defective pixel (ours)."
     falling = defective[::-1]
-    t, share = (falling >> 32).astype(np.int32), np.cumsum(1/(falling & 0xffffffff))
+    t = keys_of(falling)
+    overlap = np.cumsum(1/sizes_of(falling))
     last = np.flatnonzero(np.append(t[1:] != t[:-1], True)[:len(t)])    # where each distinct score ends
     t = t[last]
-    counts = in_two_threads(lambda runs: above_in_runs(t, runs), anomalous, good)
-    return curve(t, last + 1, share[last], *counts)
+    of_anomalous, of_good = in_two_threads(lambda runs: above_in_runs(t, runs), anomalous, good)
+    return curve(last + 1, overlap[last], of_anomalous, of_good)
 
 # %% ../../nbs/evaluation/38_curves.ipynb #543f2342
 class Scores:
     "All scores of a class, four bytes a pixel and eight more for a defective one (ours)."
     def __init__(self):
         self.anomalous, self.good = Keys(), Keys()
-        self.defective = []                         # parts, one for each batch
+        self.defective = []                         # parts from `packed`, one for each batch
 
     def add(self,
         keys,        # [B, H, W] from `ordered`
@@ -217,10 +236,11 @@ class Scores:
         sizes,       # of their regions, from `region_sizes`
     ):
         "Add a batch."
-        defective = to_numpy(keys.reshape(-1)[positions])
-        self.defective.append(defective.astype(np.int64) << 32 | sizes)
+        self.defective.append(packed(to_numpy(keys.reshape(-1)[positions]), sizes))
         for group, rows in (self.anomalous, has_defect), (self.good, ~has_defect):
-            if rows.any(): group.add((keys if rows.all() else keys[rows]).reshape(-1))
+            if not rows.any(): continue
+            of_group = keys if rows.all() else keys[rows]       # all of them are not copied
+            group.add(of_group.reshape(-1))
 
     def merge(self, other):
         "Add all that `other` has seen."

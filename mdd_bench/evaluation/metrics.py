@@ -94,7 +94,7 @@ def image_curve(
     anomalous, normal = np.sort(scores[labels]), np.sort(scores[~labels])
     thresholds, counts = np.unique(anomalous, return_counts=True)
     thresholds, found = thresholds[::-1], np.cumsum(counts[::-1])
-    return curve(thresholds, found, found, above(thresholds, anomalous), above(thresholds, normal))
+    return curve(found, found, above(thresholds, anomalous), above(thresholds, normal))
 
 
 def image_values(
@@ -234,7 +234,7 @@ def binned_pixel_values(
 ) -> dict[str, float]:
     "The metrics of `pixel_values`, with the pixels of a bin evenly mixed (ours)."
     return pixel_values(c, fpr_limit) | {
-        "P-AP": binned_average_precision(c)[1],
+        "P-AP": binned_average_precision(c).mixed,
         "P-FPR95": binned_fpr95(c.tp, c.fp),
         "P-FPR95-good": binned_fpr95(c.tp, c.fp_good),
     }

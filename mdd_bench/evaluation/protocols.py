@@ -25,8 +25,8 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from ..errors import DataError, unknown
 from .curves import (
-    Curve, Scores, area, f1max, in_two_threads, on_gpu, ordered, precisions, rate, rising)
-from .curves import scores_of, to_numpy
+    Curve, Scores, area, f1max, in_two_threads, keys_of, on_gpu, ordered, precisions, rate, rising)
+from .curves import scores_of, sizes_of, to_numpy
 from .metrics import Evaluator, binary, checked, finite, finite_maps
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #9417bb3c
@@ -182,9 +182,8 @@ def counts_above(
 
     defective = rising(scores.defective, np.int64)
     anomalous, good = map(count, scores.sort())
-    # of the 64 bits, the upper half is the score's key and the lower half the size of the region
-    tp = count([(defective >> 32).astype(np.int32)])
-    region_shares = 1/(defective & 0xffffffff)[::-1]
+    tp = count([keys_of(defective)])
+    region_shares = 1/sizes_of(defective)[::-1]
     overlap = np.append(0, np.cumsum(region_shares))[tp]
     return Curve(tp, anomalous + good - tp, good, overlap)
 
@@ -404,8 +403,8 @@ class Protocol(Choices):
     def evaluator(self, mode="exact") -> Evaluator:
         """A new evaluator that counts by this protocol. The rules of released code always keep every score,
         also with `mode="streaming"`."""
-        plain = Evaluator(mode, self.fpr_limit)
-        return plain if self.pixel_rule == "exact" else PIXEL_RULES[self.pixel_rule](self.fpr_limit)
+        if self.pixel_rule == "exact": return Evaluator(mode, self.fpr_limit)
+        return PIXEL_RULES[self.pixel_rule](self.fpr_limit)
 
 # %% ../../nbs/evaluation/41_protocols.ipynb #dd2c1cf7
 PROTOCOLS = {p.name: p for p in (
@@ -489,11 +488,13 @@ def raw_batch(
 ) -> RawBatch:
     "The parts of a batch in their dtypes. DataError or ValueError for what does not fit."
     maps, labels = finite_maps(maps), binary("labels", labels)
-    located = np.ones(len(labels), bool) if located is None else binary("located", located)
-    counts = [len(part) for part in (maps, masks, labels, kinds)]
-    if len({*counts, len(located)}) > 1:
+    parts = dict(maps=maps, masks=masks, labels=labels, kinds=kinds)
+    if located is not None: parts["located"] = located = binary("located", located)
+    counts = [len(part) for part in parts.values()]
+    if len(set(counts)) > 1:
         numbers = ", ".join(map(str, counts))
-        raise ValueError(f"maps, masks, labels, kinds: {numbers} images, expected equal numbers")
+        raise ValueError(f"{', '.join(parts)}: {numbers} images, expected equal numbers")
+    if located is None: located = np.ones(len(maps), bool)
     check_kinds(kinds, labels)
     masks = checked_masks(masks, labels)
     if own_scores is not None:

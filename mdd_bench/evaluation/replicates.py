@@ -241,7 +241,10 @@ def replicate_values(
 # %% ../../nbs/evaluation/40a_replicates.ipynb #8f165529
 class CountedPixels:
     "What the pixels of a class leave behind: counts of each image at common edges (ours)."
-    def __init__(self, thresholds, buffer):
+    def __init__(self,
+        thresholds,  # how many are chosen, at most
+        buffer,      # pixels from which they are chosen
+    ):
         self.thresholds, self.buffer = thresholds, buffer
         self.waiting = []                       # sorted images, until thresholds can be chosen from them
         self.pixels, self.defective = 0, 0      # how many pixels wait
@@ -273,7 +276,7 @@ class CountedPixels:
 class Replicates:
     "All metrics of one class under resampled test images (ours)."
     def __init__(self,
-        thresholds=1024,  # scores at which pixels are counted
+        thresholds=1024,  # how many scores there are at which pixels are counted, at most
         buffer=2**24,     # pixels from which the thresholds are chosen; four bytes each
         fpr_limit=.3,     # AUPRO: the largest false-positive rate that counts
     ):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BROUGHT', 'SEEDS', 'FOLLOWS', 'settings', 'arm_columns', 'printed', 'comparison_key', 'comparable', 'Arm', 'arms',
-           'distinctions', 'scores_of', 'facts_of', 'steps_of', 'measured_on', 'less_is_better', 'not_converged',
-           'split_batches']
+           'distinctions', 'scores_of', 'facts_of', 'steps_of', 'plural', 'measured_on', 'less_is_better',
+           'not_converged', 'split_batches']
 
 # %% ../../nbs/reporting/60a_arms.ipynb #b8e0322b
 import json
@@ -229,10 +229,15 @@ def facts_of(
 
 def steps_of(record) -> list: return facts_of(record, "steps")
 
+def plural(noun: str, number: int) -> str:
+    "The noun for so many: run, runs; class, classes."
+    if number == 1: return noun
+    return noun + ("es" if noun.endswith("s") else "s")
+
 def measured_on(record) -> str:
     "The device and the number of threads that the cost of a record belongs to."
     device, threads = record.cost["device"], record.provenance.get("threads")
-    return device if threads is None else f"{device}, {threads} thread{'s'*(threads != 1)}"
+    return device if threads is None else f"{device}, {threads} {plural('thread', threads)}"
 
 # %% ../../nbs/reporting/60a_arms.ipynb #9da8703a
 def less_is_better(metric: str) -> bool:

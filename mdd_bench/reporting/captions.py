@@ -9,7 +9,7 @@ __all__ = ['WORDS', 'NETWORKS', 'TOLD_ELSEWHERE', 'shared', 'in_words', 'warning
 # %% ../../nbs/reporting/60c_captions.ipynb #e536ee6a
 import pandas as pd
 from .arms import (SEEDS, arm_columns, arms, comparison_key, measured_on, not_converged,
-                                      printed, scores_of, settings, split_batches, steps_of)
+                                      plural, printed, scores_of, settings, split_batches, steps_of)
 from .formats import markdown_rows
 
 # %% ../../nbs/reporting/60c_captions.ipynb #fd995cdd
@@ -34,8 +34,7 @@ def in_words(
     "A number as a word up to twelve, and its noun in the plural where there are several."
     word = WORDS[number] if number < len(WORDS) else str(number)
     if not noun: return word
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{word} {noun if number == 1 else plural}"
+    return f"{word} {plural(noun, number)}"
 
 def _repetitions(records, by, plain=False):
     "How often each arm was run, in words, and what stands behind ± if anything does; `plain`: nothing does."
@@ -79,9 +78,11 @@ def _network(backbone):
 
 def _levels(backbone, layers):
     "The levels of a network as strides where its name tells them."
-    name, values = ("stride", [2**(i + 1) for i in layers]) if _network(backbone) else ("level", layers)
-    return f"{name}{'s' if len(values) > 1 else ''} {_and(values)}"
+    if not _network(backbone): return f"{plural('level', len(layers))} {_and(layers)}"
+    strides = [2**(i + 1) for i in layers]
+    return f"{plural('stride', len(strides))} {_and(strides)}"
 
+# %% ../../nbs/reporting/60c_captions.ipynb #89929e5c
 def _features(records, by):
     "The sentence on the features and the size of the images; none if the rows share neither."
     common = shared(records, by)
@@ -104,10 +105,11 @@ def _labels(records, by):
     common = shared(records, by)
     schemes = {record.spec["scheme"] for record in records if record.spec["labelled"]}
     scheme = f" by scheme `{schemes.pop()}`" if len(schemes) == 1 else ""
-    numbers = sorted({record.spec["labelled"] for record in records} - {0})
-    number = f", N = {numbers[0]}" if len(numbers) == 1 and "labelled" not in arm_columns(by) else ""
+    numbers = {record.spec["labelled"] for record in records} - {0}
+    one_for_all = len(numbers) == 1 and "labelled" not in arm_columns(by)
+    number = f", N = {min(numbers)}" if one_for_all else ""
     held = common.get("hold_out")
-    which = "they" if number.endswith(f" {held}") else f"those drawn for N = {held}"
+    which = "they" if one_for_all and numbers == {held} else f"those drawn for N = {held}"
     tested = f"; {which} are in no arm's test" if held else ""
     return [f"Labelled anomalies are drawn{scheme}{number}{tested}."]
 
@@ -155,7 +157,7 @@ def _length(record):
     epochs, steps = record.spec["epochs"], printed(steps_of(record))
     if epochs == 0: return "nothing"
     if epochs is None: return f"{steps} steps"
-    length = f"{epochs} epoch{'s'*(epochs != 1)}"
+    length = f"{epochs} {plural('epoch', epochs)}"
     return f"{length} ({steps} steps)" if steps else length
 
 TOLD_ELSEWHERE = (*SEEDS, "data", "classes", "epochs", "steps", "data_fingerprint", "test_hash")
@@ -205,8 +207,7 @@ def _different(details):
     if options:
         def text(row): return ", ".join(_option(name, row[name]) for name in options if row[name] != "-")
         kept.insert(kept.shape[1] - 1, "options", [text(row) or "-" for _, row in details.iterrows()])
-    cells = [[str(text).replace("|", r"\|") for text in row] for row in kept.itertuples(index=False)]
-    return markdown_rows(list(kept), cells, kept.shape[1])
+    return markdown_rows(list(kept), list(kept.itertuples(index=False)), kept.shape[1])
 
 # %% ../../nbs/reporting/60c_captions.ipynb #d01712ff
 def _data(records):

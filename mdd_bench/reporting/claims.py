@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from ..errors import SpecError, StoreError, unknown
 from .arms import less_is_better, settings
 from .effects import draw_effects
+from .formats import markdown_row
 from .plots import colours, style
 from .statistics import check_same_test, effect, with_same_test
 from ..running.store import Record
@@ -161,9 +162,9 @@ def mean_of_others(
 # %% ../../nbs/reporting/65_claims.ipynb #43d19208
 def _points_gained(arm, against, claim):
     "Gain and interval in points; nan ends where the records kept no replicates."
-    judged = arm, against, claim.metric, claim.classes or None
-    try: found = effect(*judged)
-    except StoreError: found = effect(*judged, interval=False)
+    classes = claim.classes or None
+    try: found = effect(arm, against, claim.metric, classes)
+    except StoreError: found = effect(arm, against, claim.metric, classes, interval=False)
     if less_is_better(claim.metric): return -found.difference, -found.high, -found.low
     return found.difference, found.low, found.high
 
@@ -259,7 +260,7 @@ def ledger_markdown(
     for name, row in table.iterrows():
         seeds = "-" if pd.isna(row.seeds) else int(row.seeds)
         words = (name, f"**{row.verdict}**", _interval(row), row.metric, row.asked, seeds, row.source)
-        lines.append("| " + " | ".join(str(word).replace("|", r"\|") for word in words) + " |")
+        lines.append(markdown_row(words))
     return "\n".join(lines)
 
 # %% ../../nbs/reporting/65_claims.ipynb #56a1f298

@@ -180,8 +180,9 @@ FASTER_IS_MORE = ("images_per_second",)     # of the costs
 
 def _front(points, cost, metric):
     "The CostPoints on the front, in the directions that are better for this cost and this metric."
-    cheaper, better = -1 if cost in FASTER_IS_MORE else 1, -1 if less_is_better(metric) else 1
-    costs, values = [cheaper*point.cost for point in points], [better*point.mean for point in points]
+    costs, values = [point.cost for point in points], [point.mean for point in points]
+    if cost in FASTER_IS_MORE: costs = [-cost for cost in costs]
+    if less_is_better(metric): values = [-value for value in values]
     return [points[i] for i in pareto_front(costs, values)]
 
 def _corners(front):

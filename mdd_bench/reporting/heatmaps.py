@@ -24,7 +24,8 @@ def shared_scale(
         raise DataError("a map holds values that are not finite",
                         "Look at the record's samples before drawing them")
     low, high = float(values.min()), float(np.quantile(values, .999))
-    return low, high if high > low else low + 1e-6
+    if high <= low: high = low + 1e-6
+    return low, high
 
 # %% ../../nbs/reporting/63f_heatmaps.ipynb #2d1f7735
 def _draw_image(ax, image, size):

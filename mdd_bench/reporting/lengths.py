@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from ..errors import SpecError
 from .captions import caption, how_it_was_made
+from .formats import markdown_rows
 from .plots import colours, style
 
 # %% ../../nbs/reporting/63a_lengths.ipynb #ecb1df1c
@@ -79,11 +80,11 @@ def lengths_markdown(
 ) -> str:
     "The table in Markdown, numbers right-aligned, a dash where nothing is known."
     def printed(value): return "-" if pd.isna(value) else f"{value:.1f}"
-    rows = [["detector", *map(str, table)], [":---", *["---:"]*len(table.columns)]]
+    rows = []
     for name, row in table.iterrows():
         converged = "-" if pd.isna(row.converged) else str(int(row.converged))
         rows.append([name, *map(printed, row[:-1]), converged])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_rows(["detector", *table], rows)
 
 # %% ../../nbs/reporting/63a_lengths.ipynb #6d3af7a0
 def lengths_page(

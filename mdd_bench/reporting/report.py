@@ -348,9 +348,13 @@ def report_html(
     parts = [make_part(page, study) for study in find_studies(folder)]
     if len(parts) == 1:
         [part] = parts
-        title, header, body = part.shown.title, study_head(page, part, 1), [pieces_html(page, part, 1)]
+        title = part.shown.title
+        header = study_head(page, part, 1)
+        body = [pieces_html(page, part, 1)]
     else:
-        title, header, body = "Benchmark report", overview_html(page, parts, folder), []
+        title = "Benchmark report"
+        header = overview_html(page, parts, folder)
+        body = []
         for part in parts: body += [study_head(page, part, 2), pieces_html(page, part, 2)]
     body += [records_html(page, parts), fill(NOTE, version=__version__)]
     return web_page(title, header, Markup("").join(body), contents(page), len(parts) > 1)

@@ -124,7 +124,8 @@ def deviations(
     by_seed = seed_means(scores, "test")
     several = (by_seed.count(axis=1) > 1).any()
     between = float(by_seed.mean(axis=1).std())
-    return between, pooled_deviation(by_seed) if several else float("nan")
+    over_seeds = pooled_deviation(by_seed) if several else float("nan")
+    return between, over_seeds
 
 # %% ../../nbs/reporting/63e_selection.ipynb #0c48ff5d
 COEFFICIENT_COLUMNS = ["Kendall", "one seed", "ceiling", "between", "over seeds"]

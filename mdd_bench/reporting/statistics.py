@@ -14,21 +14,31 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from ..errors import SpecError, unknown
-from .arms import SEEDS, arms as group_by_arm, less_is_better
+from .arms import SEEDS, arms as group_by_arm, less_is_better, plural
 
 # %% ../../nbs/reporting/62_statistics.ipynb #12e20b10
+class _Test(NamedTuple):
+    "What decides a test."
+    data: str | None     # fingerprint
+    images: str | None   # hash of the test images
+    protocol: str        # whose replicates are kept
+
 def _tested_on(record):
-    "What decides the test: data, test images, and the protocol whose replicates are kept."
+    "The test of a record."
     provenance = record.provenance
     images = provenance.get("split_hashes", {}).get("test")
-    return provenance.get("data_fingerprint"), images, record.spec["protocols"][0]
+    return _Test(provenance.get("data_fingerprint"), images, record.spec["protocols"][0])
 
-def _some(ids): return " ".join(ids[:4]) + f" and {len(ids) - 4} more"*(len(ids) > 4)
+def _some(ids):
+    "The first ids, and how many more there are."
+    more = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
+    return " ".join(ids[:4]) + more
 
 def _refuse_several(groups):
-    "Raise `SpecError` for more than one group {(data, images, protocol): ids}."
+    "Raise `SpecError` for more than one group {_Test: ids}."
     if len(groups) == 1: return
-    parts = [f"{_some(ids)} (data {d}, images {i}, protocol {p})" for (d, i, p), ids in groups.items()]
+    parts = [f"{_some(ids)} (data {test.data}, images {test.images}, protocol {test.protocol})"
+             for test, ids in groups.items()]
     remedy = "give all runs the same data, classes, labels, label_seed, hold_out and first protocol"
     raise SpecError(f"the records were not tested alike: {'; '.join(parts)}", remedy)
 
@@ -44,9 +54,10 @@ def check_same_test(
                         "run their specs again")
     everywhere, of_label_seed = {}, {}
     for record in records:
-        data, images, protocol = tested = _tested_on(record)
-        of_label_seed.setdefault(record.spec.get("label_seed"), {}).setdefault(tested, []).append(record.id)
-        everywhere.setdefault((data, "any", protocol), []).append(record.id)
+        test = _tested_on(record)
+        of_same_seed = of_label_seed.setdefault(record.spec.get("label_seed"), {})
+        of_same_seed.setdefault(test, []).append(record.id)
+        everywhere.setdefault(test._replace(images="any"), []).append(record.id)
     for groups in (*of_label_seed.values(), everywhere): _refuse_several(groups)
 
 # %% ../../nbs/reporting/62_statistics.ipynb #90fdd422
@@ -120,9 +131,9 @@ class Effect(NamedTuple):
     level: float      # of the interval: .95
 
     def __str__(self):
-        of_seeds = f"{min(self.seeds)} seed{'s'*(min(self.seeds) > 1)}"
-        percent, classes = f"{100*self.level:g}%", f"{len(self.classes)} class{'es'*(len(self.classes) > 1)}"
-        interval = f"{self.low:+.2f} to {self.high:+.2f} ({percent} interval, {of_seeds}, {classes})"
+        seeds, classes = min(self.seeds), len(self.classes)
+        counts = f"{seeds} {plural('seed', seeds)}, {classes} {plural('class', classes)}"
+        interval = f"{self.low:+.2f} to {self.high:+.2f} ({100*self.level:g}% interval, {counts})"
         return f"{self.metric} {self.difference:+.2f} points, {interval}"
 
 # %% ../../nbs/reporting/62_statistics.ipynb #eebaa7d8
@@ -141,7 +152,8 @@ def _means_of_draws(values, tests, seeds, images):
 
 def _spread(a, b, tests_of_a, tests_of_b, same_seeds):
     "Differences of the draws around their mean, [draws]; `a` and `b` are means over classes, [seeds, R]."
-    a, b = (x[:, np.isfinite(a).all(0) & np.isfinite(b).all(0)] for x in (a, b))
+    usable = np.isfinite(a).all(0) & np.isfinite(b).all(0)
+    a, b = a[:, usable], b[:, usable]
     images = np.arange(a.shape[1]).repeat(SEED_DRAWS)
     if not len(images): return np.zeros(0)
     rng = np.random.default_rng(0)
@@ -161,11 +173,15 @@ def _tails(spread, level):
     return np.quantile(spread, [position, 1 - position], method="hazen")
 
 # %% ../../nbs/reporting/62_statistics.ipynb #2b50002e
-def _seeds(records): return [tuple(record.spec.get(name) for name in SEEDS) for record in records]
+def _seeds_of(record): return tuple(record.spec.get(name) for name in SEEDS)
 
-def _in_order(records): return sorted(records, key=lambda r: [str(seed) for seed in _seeds([r])[0]])
+def _seeds(records): return [_seeds_of(record) for record in records]
 
-def _images(records): return np.array([_tested_on(record)[1] for record in records])
+def _in_order(records):
+    "The records in the order of their seeds; no seed comes last."
+    return sorted(records, key=lambda record: [(s is None, s or 0) for s in _seeds_of(record)])
+
+def _images(records): return np.array([_tested_on(record).images for record in records])
 
 def with_same_test(
     records_a,  # of one arm
@@ -174,8 +190,9 @@ def with_same_test(
     "All records of two arms or, where label seeds leave different tests, those of the seeds that both have."
     a, b = _in_order(records_a), _in_order(records_b)
     if len(set(_images([*a, *b]))) == 1: return a, b
-    common = set(_seeds(a)) & set(_seeds(b))
-    return tuple([record for record in arm if _seeds([record])[0] in common] for arm in (a, b))
+    common = {*_seeds(a)} & {*_seeds(b)}
+    def paired(arm): return [record for record in arm if _seeds_of(record) in common]
+    return paired(a), paired(b)
 
 def check_same_seeds(
     records_a,  # of one arm

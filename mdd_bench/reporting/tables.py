@@ -118,8 +118,11 @@ def pooled(
                             f"give protocol={first!r}")
         scores = record.scores()
         together = image_metrics(scores.label, scores.score)
-        return {name: value for metric in metrics for name, value in
-                ((metric, _metric(mean, metric)), (f"{metric} pooled", _metric(together, metric)))}
+        values = {}
+        for metric in metrics:
+            values[metric] = _metric(mean, metric)
+            values[f"{metric} pooled"] = _metric(together, metric)
+        return values
     return _average_over_seeds(records, by, protocol, numbers)
 
 # %% ../../nbs/reporting/61_tables.ipynb #dbbf70ec
@@ -162,9 +165,11 @@ def _mean_over_kinds(per_kind, drawn, metric, seen):
 # %% ../../nbs/reporting/61_tables.ipynb #88d37b38
 def _seen_and_unseen(per_kind, drawn, metrics):
     "{`x seen` and `x unseen` for each metric x}, means over the classes in `drawn`."
-    names = (("seen", True), ("unseen", False))
-    return {f"{metric} {name}": _mean_over_kinds(per_kind, drawn, metric, seen)
-            for metric in metrics for name, seen in names}
+    values = {}
+    for metric in metrics:
+        values[f"{metric} seen"] = _mean_over_kinds(per_kind, drawn, metric, True)
+        values[f"{metric} unseen"] = _mean_over_kinds(per_kind, drawn, metric, False)
+    return values
 
 def seen_and_unseen(
     records,                         # comparable Records with labelled or held-out anomalies

@@ -188,7 +188,8 @@ def _filled_rows(rows):
         for cell in row:
             while (y, x) in grid: x += 1
             height, width = int(cell.get("rowspan", 1)), int(cell.get("colspan", 1))
-            text = "".join(cell.itertext()).strip().replace("NaN", "-")
+            text = "".join(cell.itertext()).strip()
+            if text == "NaN": text = "-"
             grid |= {(y + dy, x + dx): text for dy in range(height) for dx in range(width)}
             x += width
     width = 1 + max((x for _, x in grid), default=-1)

@@ -182,7 +182,7 @@ def client_of(address: str):
         raise SpecError(f"no scheduler at {address} ({type(e).__name__})", remedy) from None
 
 def places_at(client, address: str) -> list[dict]:
-    "The places of a cluster: the threads of its workers. None while the scheduler does not answer."
+    "The places of a cluster: the threads of its workers; an empty list while it does not answer."
     if client.status in ("closing", "closed"):
         raise SpecError(f"the scheduler at {address} is gone", "start it again, and then the sweep")
     try: return [{}]*sum(client.nthreads().values())

@@ -224,8 +224,9 @@ def resolve(
         detector = create_detector(spec.detector, backbone, len(dataset.classes), **options)
     check_labels(spec, dataset, detector.needs)
     recipe = own_recipe(detector.recipe, spec)
-    parts = (spec, dataset, backbone, options, recipe)
-    return Resolved(*parts, make_identity(*parts), make_identity(*parts, training=True))
+    identity = make_identity(spec, dataset, backbone, options, recipe)
+    of_training = make_identity(spec, dataset, backbone, options, recipe, training=True)
+    return Resolved(spec, dataset, backbone, options, recipe, identity, of_training)
 
 # %% ../../nbs/running/51_identity.ipynb #f7a61ea5
 def drawn_fields(manifest: dict | None) -> dict:

@@ -38,10 +38,11 @@ class Job:
         "Where its record will be."
         return Store(self.out)
 
-    def unfinished(self) -> tuple[Path, Path]:
-        "Where its notebook is until it is done, and where the output of a failed run is kept."
-        runs = self.store.runs
-        return runs/f"{self.run_id}.part.ipynb", runs/f"{self.run_id}.log"
+    @property
+    def notebook(self) -> Path: return self.store.runs/f"{self.run_id}.part.ipynb"      # until it is done
+
+    @property
+    def log(self) -> Path: return self.store.runs/f"{self.run_id}.log"      # what a failed run has printed
 
     def has_record(self) -> bool:
         "Whether there is a sound record with every protocol that is asked for."
@@ -50,7 +51,7 @@ class Job:
 
     def is_done(self) -> bool:
         "Whether nothing is left to make: no record, no notebook and, where it is to be kept, no model."
-        if not self.has_record() or self.unfinished()[0].is_file(): return False
+        if not self.has_record() or self.notebook.is_file(): return False
         if not self.settings["keep_model"]: return True
         return find_model(self.store, self.run_id, self.training_id) is not None
 
@@ -62,8 +63,9 @@ def serves(
     job: Job,        # of the same run
 ) -> bool:
     "Whether a record has all that a job asks for."
-    enough = set(job.spec.protocols) <= set(protocols)
-    return enough and model >= job.settings["keep_model"] and pictures >= job.pictures
+    if not set(job.spec.protocols) <= set(protocols): return False
+    if job.settings["keep_model"] and not model: return False
+    return pictures or not job.pictures
 
 def unwanted(job: Job) -> list[str]:
     "The files of a record that a copy for a job leaves out."
@@ -90,7 +92,7 @@ def work_of(job: Job) -> tuple:
     "What the process of a job calls: a function and its arguments."
     if job.plain: return "mdd_bench.running.job:run_plainly", job.spec, job.out, job.settings
     parameters = asdict(job.spec) | job.settings | dict(out=job.out)
-    return NOTEBOOK, str(study_path("run")), str(job.unfinished()[0]), parameters
+    return NOTEBOOK, str(study_path("run")), str(job.notebook), parameters
 
 # %% ../../nbs/running/58f_job.ipynb #02207c6b
 def finish(
@@ -127,9 +129,9 @@ def write_failure(
     final: bool,
 ) -> Failure:
     "Keep the output of a failed run."
-    part, log = job.unfinished()
-    log.write_text(printed, encoding="utf-8")
-    return Failure(job.spec, failure_reason(printed), part if part.is_file() else log, final)
+    job.log.write_text(printed, encoding="utf-8")
+    details = job.notebook if job.notebook.is_file() else job.log
+    return Failure(job.spec, failure_reason(printed), details, final)
 
 # %% ../../nbs/running/58f_job.ipynb #2d9dbe59
 class Abandoned(Exception):
@@ -152,7 +154,6 @@ def make_record(
     code = finish(child, give_up)
     if code == NO_ROOM: raise FullDiskError(failure_reason(child.printed()))
     if code or not job.has_record(): return write_failure(job, child.printed(), code == REFUSED)
-    part, log = job.unfinished()
-    log.unlink(missing_ok=True)
-    if part.is_file(): part.replace(job.store.folder(job.run_id)/"run.ipynb")
+    job.log.unlink(missing_ok=True)
+    if job.notebook.is_file(): job.notebook.replace(job.store.folder(job.run_id)/"run.ipynb")
     return None

@@ -83,14 +83,17 @@ def fit(
     folder: Path,        # of the run
 ) -> Fitted:
     "Train one model; raises `TrainingError` as `train`."
-    recipe, spec, start = plan.resolved.recipe, plan.resolved.spec, time.perf_counter()
+    recipe, spec = plan.resolved.recipe, plan.resolved.spec
+    start = time.perf_counter()
     detector = make_detector(plan, runtime)
     runtime.progress("features", 0, 1)
     data = load_training_data(detector, plan, runtime)
     ready = time.perf_counter()
-    own_folder, training = model_folder(plan, folder), plan.prefix + plan.resolved.training_id
-    how = spec.seed, spec.precision, own_folder, training
-    parts = train(detector, data, recipe, runtime, *how, save_last=not plan.is_only)
+    own_folder = model_folder(plan, folder)
+    training = plan.prefix + plan.resolved.training_id
+    parts = train(
+        detector, data, recipe, runtime, seed=spec.seed, precision=spec.precision,
+        folder=own_folder, training=training, save_last=not plan.is_only)
     features = describe_features(data.cache)
     cost = dict(prepare_s=ready - start, train_s=time.perf_counter() - ready, features=features)
     facts = dict(defect_textures=data.texture_source, **length_facts(plan), **split_facts(batch_split=parts))

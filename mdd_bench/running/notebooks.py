@@ -17,11 +17,10 @@ class ForkedKernel:
 
     def __init__(self):
         reading, self.writing = os.pipe()
-        self.returncode, self.pid = None, os.fork()
-        if self.pid: return os.close(reading)
-        os.close(self.writing)
-        try: be_kernel(reading)
-        finally: os._exit(1)
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid: os.close(reading)
+        else: be_kernel(reading, self.writing)
 
     def begin(self,
         connection_file: str,  # which ports to use
@@ -42,7 +41,9 @@ class ForkedKernel:
             if ended: self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def wait(self) -> int | None: return self.poll()
+    def wait(self) -> int | None:
+        "As `poll`, without waiting: jupyter calls it for a kernel that has ended."
+        return self.poll()
 
     def send_signal(self, number: int): os.kill(self.pid, number)
 
@@ -51,12 +52,16 @@ class ForkedKernel:
 # %% ../../nbs/running/58c_notebooks.ipynb #943e7cf3
 def be_kernel(
     reading: int,  # end of a pipe from which the connection file comes; nothing comes if no kernel is needed
+    writing: int,  # its other end, which is the parent's
 ):
-    "Wait for the connection file, then be a kernel until it is shut down."
-    from ipykernel.kernelapp import IPKernelApp
-    die_with_the_warm_process()
-    with os.fdopen(reading) as told: connection_file = told.read()
-    if connection_file: IPKernelApp.launch_instance(argv=["-f", connection_file, "--IPKernelApp.quiet=True"])
+    "Wait for the connection file, then be a kernel until it is shut down; this ends the process."
+    os.close(writing)
+    try:
+        from ipykernel.kernelapp import IPKernelApp
+        die_with_the_warm_process()
+        with os.fdopen(reading) as told: file = told.read()
+        if file: IPKernelApp.launch_instance(argv=["-f", file, "--IPKernelApp.quiet=True"])
+    finally: os._exit(1)
 
 # %% ../../nbs/running/58c_notebooks.ipynb #d35d4505
 def manager_of(

@@ -160,18 +160,20 @@ def plan_entry(
     if not planned.executed: planned.left_out = reason_to_leave_out(entry, study, plain)
     if planned.executed or planned.left_out: return planned
     settings = settings | dict(keep_model=entry.keep_model)
-    asked = study, folder, plain, settings, elsewhere, entry.pictures
-    with naming(entry.out): planned.runs = plan_sweep(*asked)
+    with naming(entry.out):
+        planned.runs = plan_sweep(study, folder, plain, settings, elsewhere, entry.pictures)
     return planned
 
 # %% ../../nbs/running/59a_plan.ipynb #de2b35c2
 def share_runs(planned: list[PlannedEntry]):
-    "Have each run made by the first entry that needs it; the later ones copy its record."
-    first = {}
+    "Have each run made by the first entry that needs it, and by a later one that needs more; others copy."
+    made = {}       # run id -> the jobs that make it
     for p in [p for of_entry in planned for p in missing_runs(of_entry.runs)]:
-        job = first.setdefault(p.job.run_id, p.job)
-        enough = serves(job.spec.protocols, job.settings["keep_model"], job.pictures, p.job)
-        if enough and job is not p.job: p.source = job.store.folder(job.run_id)
+        jobs = made.setdefault(p.job.run_id, [])
+        for job in jobs:
+            enough = serves(job.spec.protocols, job.settings["keep_model"], job.pictures, p.job)
+            if enough and not p.source: p.source = job.store.folder(job.run_id)
+        if not p.source: jobs.append(p.job)
 
 def plan_entries(
     entries: list[Entry],   # of the whole plan

@@ -10,7 +10,7 @@ __all__ = ['PATHS', 'YAML', 'SETTINGS', 'studies_folder', 'list_studies', 'study
            'given', 'describe_study']
 
 # %% ../../nbs/running/58a_study.ipynb #d1c68bef
-import itertools
+import itertools, json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -148,9 +148,14 @@ def typed_parameter(
     value,     # of any type, or text
     default,   # a value, or a list of values
 ):
-    "The value converted to the type of the default; raises `SpecError` where that is impossible."
-    item = converter(type(default[0] if isinstance(default, list) else default))
-    try: return as_list(value, item) if isinstance(default, list) else item(value)
+    """The value converted to the type of the default; raises `SpecError` where that is impossible.
+
+    A default of None and an empty list tell no type: text then becomes what it looks like."""
+    example = default
+    if isinstance(default, list): example = default[0] if default else None
+    try:
+        item = parse_value if example is None else converter(type(example))
+        return as_list(value, item) if isinstance(default, list) else item(value)
     except (ValueError, TypeError, KeyError, OverflowError):
         raise SpecError(f"{name}={value!r} does not fit", f"the default is {default!r}") from None
 
@@ -240,34 +245,42 @@ def read_study(file: Path) -> Study:
 def notebook_parameters(study: Study) -> dict:
     "The values that the study's notebook is given by papermill."
     if study.parameters: return study.parameters
-    of_page = dict(baseline=study.baseline) if study.baseline is not None else {}
-    return study.base | study.grid | (dict(arms=list(study.arms)) if study.arms else {}) | of_page
+    values = study.base | study.grid
+    if study.arms: values["arms"] = list(study.arms)
+    if study.baseline is not None: values["baseline"] = study.baseline
+    return values
 
 def study_notebook(study: Study) -> Path | None:
     "The notebook beside the file of a study, if there is one."
-    path = study.file and study.file.with_suffix(".ipynb")
-    return path if path and path.is_file() else None
+    if study.file is None: return None
+    path = study.file.with_suffix(".ipynb")
+    return path if path.is_file() else None
 
 # %% ../../nbs/running/58a_study.ipynb #a245bdb5
 def parameter_names(study: Study) -> list[str]:
     "What can be changed in a study: fields of a run, `arms` and `baseline`, or its own parameters."
     if study.parameters: return list(study.parameters)
-    return [*spec_options(), *["arms"]*bool(study.arms), *["baseline"]*(study.baseline is not None)]
+    names = list(spec_options())
+    if study.arms: names.append("arms")
+    if study.baseline is not None: names.append("baseline")
+    return names
 
 def one_length(changes: dict) -> dict:
     "The changes of a study, where a length of training in steps replaces one in epochs, and the reverse."
-    lengths = {"epochs", "steps"}
-    asked = lengths & changes.keys()
-    return dict.fromkeys(lengths - asked) | changes if asked else changes
+    if "epochs" in changes and "steps" not in changes: return dict(steps=None) | changes
+    if "steps" in changes and "epochs" not in changes: return dict(epochs=None) | changes
+    return changes
 
 def load_study(
     name: str,  # of a study, or the path of a file that ends in .yaml
     **changes,  # fields of RunSpec (a list or 'a,b': an axis), `arms`, `baseline`; or the study's parameters
 ) -> Study:
     "A study from its YAML file, with changes; raises `SpecError` for an unknown name or an impossible value."
-    study = read_study(Path(name) if name.endswith(YAML) else study_path(name, ".yaml"))
+    file = Path(name) if name.endswith(YAML) else study_path(name, ".yaml")
+    study = read_study(file)
     known = parameter_names(study)
-    for parameter, value in (changes if study.parameters else one_length(changes)).items():
+    if not study.parameters: changes = one_length(changes)
+    for parameter, value in changes.items():
         if parameter not in known: raise unknown(f"parameter of the study {study.name}", parameter, known)
         if study.parameters:
             default = study.parameters[parameter]
@@ -298,7 +311,7 @@ def parameter_cell(
     for name, o in SETTINGS.items(): values[name], texts[name] = o.default, o.help
     lines = []
     for name, value in values.items():
-        literal = f'"{value}"' if isinstance(value, str) else repr(value)
+        literal = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
         lines.append(f"{f'{name} = {literal}':28}  # {texts[name]}")
     return "\n".join(lines)
 

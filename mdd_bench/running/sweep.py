@@ -455,9 +455,9 @@ def found(study: Study, out) -> Swept:
     records, failures = records_of(planned), []
     made = {record.id for record in records}
     for job in (p.job for p in planned if p.job.run_id not in made):
-        log = job.unfinished()[1]
-        reason = failure_reason(log.read_text(encoding="utf-8")) if log.is_file() else "it was not made"
-        failures.append(Failure(job.spec, reason, log, False))
+        has_log = job.log.is_file()
+        reason = failure_reason(job.log.read_text(encoding="utf-8")) if has_log else "it was not made"
+        failures.append(Failure(job.spec, reason, job.log, False))
     return Swept(study, out, records, failures)
 
 # %% ../../nbs/running/59_sweep.ipynb #d5173283

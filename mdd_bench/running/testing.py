@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EXACT_PIXELS', 'THUMBNAIL', 'BatchPrediction', 'predict_together', 'predict_batch', 'predictions', 'class_images',
            'predict_class', 'true_mask', 'square_mask', 'ShownPart', 'shown_parts', 'ClassOutcome', 'evaluation_mode',
-           'ClassTest', 'square_masks', 'collect_samples', 'compute_replicates', 'evaluate_class', 'evaluate_classes',
-           'collect_metrics', 'ClassMaps', 'class_maps', 'calibration_scores', 'prediction_quality']
+           'ClassCounts', 'ClassTest', 'square_masks', 'collect_samples', 'compute_replicates', 'evaluate_class',
+           'evaluate_classes', 'collect_metrics', 'ClassMaps', 'class_maps', 'scores_of_good', 'calibration_scores',
+           'prediction_quality']
 
 # %% ../../nbs/running/54_testing.ipynb #d7cc31e4
 import time
@@ -24,7 +25,7 @@ from ..data.loading import ImageDataset
 from ..evaluation.curves import to_numpy
 from ..evaluation.metrics import mean_over_classes
 from ..evaluation.protocols import (
-    ClassResult, ProtocolEvaluator, evaluate_batch, get_protocol, raw_batch)
+    ClassResult, EvaluatedBatch, ProtocolEvaluator, evaluate_batch, get_protocol, raw_batch)
 from ..evaluation.replicates import Replicates, resample_counts
 from ..parts.feature_cache import FeatureCache
 from .identity import ModelPlan, framing_of
@@ -66,8 +67,9 @@ def predict_batch(
     parts = at_once.fit(work, len(features[0]))
     if len(parts) == 1: return parts[0]
     maps, scores, extra = zip(*parts)
-    joined = {name: sum((part[name] for part in extra), []) for name in extra[0]}
-    return torch.cat(maps), None if scores[0] is None else np.concatenate(scores), joined
+    joined_scores = None if scores[0] is None else np.concatenate(scores)
+    joined_extra = {name: sum((part[name] for part in extra), []) for name in extra[0]}
+    return torch.cat(maps), joined_scores, joined_extra
 
 # %% ../../nbs/running/54_testing.ipynb #279a6260
 @torch.no_grad()
@@ -140,12 +142,12 @@ def shown_parts(
     of_image = true_mask if framing.resize == "pad" else partial(square_mask, framing=framing)
     masks = [of_image(root, row) for row in rows]
     shown = [shown_part(mask.shape, framing) for mask in masks]
-    for part, group in groupby(range(len(rows)), shown.__getitem__):
-        first, *others = group
-        images = slice(first, first + 1 + len(others))
-        own = batch.scores is not None and framing.resize != "pad"
-        scores = batch.scores[images] if own else None
-        yield ShownPart(batch.index[images], batch.maps[images][(slice(None), *part)], scores, masks[images])
+    own_scores = None if framing.resize == "pad" else batch.scores
+    for (height, width), group in groupby(range(len(rows)), key=lambda i: shown[i]):
+        positions = list(group)                                 # neighbours in the batch
+        images = slice(positions[0], positions[-1] + 1)
+        scores = None if own_scores is None else own_scores[images]
+        yield ShownPart(batch.index[images], batch.maps[images, height, width], scores, masks[images])
 
 # %% ../../nbs/running/54_testing.ipynb #6ca9df77
 @dataclass
@@ -170,36 +172,55 @@ def evaluation_mode(
     return "streaming" if images*size**2 > EXACT_PIXELS else "exact"
 
 # %% ../../nbs/running/54_testing.ipynb #ebed74d6
-class ClassTest:
-    "Collects the outcome of one class, batch by batch."
-    def __init__(self,
-        plan: ModelPlan, cls: str,
-        protocols: list[str],  # the first one decides the scores, the samples and the replicates
-    ):
+class ClassCounts:
+    "Counts the maps of one class under some protocols."
+    def __init__(self, plan: ModelPlan, cls: str, protocols: list[str]):
         self.plan, self.cls, self.framing = plan, cls, framing_of(plan.resolved.spec)
         self.table = plan.dataset.catalog.part(cls=cls, split="test")
         self.defective = (self.table.kind != "good").to_numpy()
         self.located = ~has_no_mask(self.table).to_numpy()
         self.mode = evaluation_mode(len(self.table), plan.resolved.spec.size)
         self.evaluators = {name: ProtocolEvaluator(get_protocol(name), self.mode) for name in protocols}
+
+    def count(self, part: ShownPart) -> list[EvaluatedBatch]:
+        "Count some images under every protocol; returns what the first one compared, by size."
+        labels, located = self.defective[part.index], self.located[part.index]
+        kinds = self.table.kind.iloc[part.index].tolist()
+        compared = []
+        for evaluator in self.evaluators.values():
+            compared.append(evaluator.update(part.maps, part.scores, part.masks, labels, kinds, located))
+        return compared[0]
+
+# %% ../../nbs/running/54_testing.ipynb #b0d4857b
+class ClassTest(ClassCounts):
+    "Collects the outcome of one class, batch by batch."
+    def __init__(self,
+        plan: ModelPlan, cls: str,
+        protocols: list[str],  # the first one decides the scores, the samples and the replicates
+    ):
+        super().__init__(plan, cls, protocols)
         self.keeper, self.replicates, self.replicates_s = SampleKeeper(self.table), Replicates(), 0.
         self.order, self.extra = [], {}
 
     def update(self, batch: BatchPrediction):
         "Add the predictions for a batch of images."
-        root, whole = self.plan.dataset.catalog.root, dict(zip(batch.index, batch.maps))
-        for part in shown_parts(batch, root, self.table, self.framing):
-            kinds = self.table.kind.iloc[part.index].tolist()
-            truth = (part.masks, self.defective[part.index], kinds, self.located[part.index])
-            counted = [e.update(part.maps, part.scores, *truth) for e in self.evaluators.values()]
-            for compared in counted[0]: self.keep([part.index[i] for i in compared.index], compared, whole)
+        whole_maps = dict(zip(batch.index, batch.maps))
+        for part in shown_parts(batch, self.plan.dataset.catalog.root, self.table, self.framing):
+            for compared in self.count(part):
+                index = [part.index[i] for i in compared.index]
+                self.keep(index, compared, whole_maps)
         for name, values in batch.extra.items(): self.extra.setdefault(name, []).extend(values)
 
-    def keep(self, index, compared, whole):
+    def keep(self,
+        index: list[int],          # positions of some images in the table
+        compared: EvaluatedBatch,  # these images under the first protocol
+        whole_maps: dict,          # position -> the map of an image, padding included
+    ):
         "Add images that the first protocol compared at one size to the samples and the replicates."
-        self.keeper.update(index, [whole[i] for i in index], compared.scores)
+        self.keeper.update(index, [whole_maps[i] for i in index], compared.scores)
         start = time.perf_counter()
-        self.replicates.update(*compared[1:])     # maps, scores, masks, labels, located
+        self.replicates.update(
+            compared.maps, compared.scores, compared.masks, compared.labels, compared.located)
         self.replicates_s += time.perf_counter() - start
         self.order += index
 
@@ -304,25 +325,33 @@ def class_maps(detector, plan: ModelPlan, cls: str, runtime: Runtime) -> ClassMa
     return ClassMaps(cls, table.path.tolist(), table.kind.tolist(), maps, masks)
 
 # %% ../../nbs/running/54_testing.ipynb #b2ae6c10
+def scores_of_good(
+    part: ShownPart,  # of good images
+    protocol,         # it decides how a map becomes a score
+) -> np.ndarray:      # float64 [b]
+    "The image scores of good images under a protocol."
+    n = len(part.index)
+    batch = raw_batch(part.maps, part.scores, part.masks, np.zeros(n, bool), ["good"]*n)
+    scores = np.zeros(n)
+    for compared in evaluate_batch(protocol, batch): scores[compared.index] = compared.scores
+    return scores
+
 def calibration_scores(
     detector,
     plan: ModelPlan,
-    protocol: str,  # its name; it decides how a map becomes a score
+    protocol: str,  # its name
     runtime: Runtime,
 ) -> pd.DataFrame:  # path, cls, score; empty where no images were set aside
     "The image scores of the calibration images of a model's classes."
+    root, framing = plan.dataset.catalog.root, framing_of(plan.resolved.spec)
     tables = []
     for cls in plan.dataset.classes:
         table = plan.dataset.catalog.part(cls=cls, split="calibration")
         if not len(table): continue
-        root, framing = plan.dataset.catalog.root, framing_of(plan.resolved.spec)
         scores = np.zeros(len(table))
         for batch in predict_class(detector, plan, class_images(plan, cls, "calibration"), runtime):
             for part in shown_parts(batch, root, table, framing):
-                n = len(part.index)
-                good = raw_batch(part.maps, part.scores, part.masks, np.zeros(n, bool), ["good"]*n)
-                for compared in evaluate_batch(get_protocol(protocol), good):
-                    scores[np.array(part.index)[compared.index]] = compared.scores
+                scores[part.index] = scores_of_good(part, get_protocol(protocol))
         tables.append(pd.DataFrame(dict(path=table.path, cls=cls, score=scores)))
     if not tables: return pd.DataFrame(columns=["path", "cls", "score"])
     return pd.concat(tables, ignore_index=True)

@@ -10,7 +10,8 @@ __all__ = ['NO_MEMORY', 'LESS', 'OPTIMIZERS', 'SMALL', 'FETCHED', 'DISTRUSTED', 
            'check_finite', 'cut_batch', 'part_of', 'batch_norm_errors', 'add_gradients', 'StateBefore', 'train_step',
            'has_bfloat16', 'warn_of_imitation', 'LossTerms', 'HashingFile', 'save_sealed', 'is_sealed',
            'save_checkpoint', 'shapes', 'read_checkpoint', 'set_aside', 'load_checkpoint', 'epoch_of', 'History',
-           'RepeatableBatches', 'clean_batches', 'call_hook', 'total_steps', 'train_epoch', 'train_epochs', 'train']
+           'RepeatableBatches', 'clean_batches', 'call_hook', 'total_steps', 'train_epoch', 'history_writer',
+           'train_epochs', 'train']
 
 # %% ../../nbs/running/53_training.ipynb #3901292d
 import csv, errno, gc, hashlib, math, os, pickle, random, re, time, warnings
@@ -85,7 +86,7 @@ class AtOnce:
     @property
     def parts(self) -> int:
         "Into how many parts a whole batch is cut; 1: it is not."
-        return -(-self.batch//self.images)
+        return math.ceil(self.batch/self.images)
 
     def fit(self,
         work,         # a function of the number of images at once
@@ -100,7 +101,7 @@ class AtOnce:
                 if not is_out_of_memory(e): raise
                 if min(self.images, images) == 1: raise memory_error(e, "with one image at a time") from None
             else: break
-            self.images = -(-min(self.images, images)//2)
+            self.images = math.ceil(min(self.images, images)/2)
             if undo: undo()
             free_memory()
         if self.images < before:
@@ -320,7 +321,7 @@ def cut_batch(
         images = len(batch["features"][0])
         bounds = [images*i//number for i in range(number + 1)]
         return [part_of(batch, slice(*ends)) for ends in zip(bounds, bounds[1:])]
-    number = -(-len(batch["features"][0])//at_once)
+    number = math.ceil(len(batch["features"][0])/at_once)
     if number <= 1: return [batch]
     parts = cut({name: value for name, value in batch.items() if name != "labelled"}, number)
     known = batch.get("labelled")
@@ -620,15 +621,23 @@ def train_epoch(
     losses.fetch()
 
 # %% ../../nbs/running/53_training.ipynb #c0558939
+def history_writer(
+    folder: Path | None,  # None: nothing is written
+    epochs_done: int,     # as in `History`
+):                        # a function of (epoch, step, {term: float})
+    "What is called with the loss terms of each step."
+    if folder is None: return lambda epoch, step, terms: None
+    return History(folder/"history.csv", epochs_done).add
+
 def train_epochs(
-        detector, data, recipe, runtime, clean, seed, precision, folder, training, save_every, save_last):
+        detector, data, recipe, runtime, clean, *, seed, precision, folder, training, save_every, save_last):
     "Run the epochs of `train`, whose arguments these are (`clean`: the hooks' batches); returns an `AtOnce`."
     optimizer, at_once = make_optimizer(detector, recipe), AtOnce(min(recipe.batch, len(data.images)))
-    path = folder and folder/"checkpoint.pt"
-    done = load_checkpoint(path, detector, optimizer, at_once, training) if folder else 0
-    losses = LossTerms(History(folder/"history.csv", done).add if folder else lambda *step: None)
+    done = 0
+    if folder: done = load_checkpoint(folder/"checkpoint.pt", detector, optimizer, at_once, training)
+    losses = LossTerms(history_writer(folder, done))
     saved = time.monotonic()
-    epochs = -(-total_steps(recipe, len(data.images))//steps_of_pass(len(data.images), recipe.batch))
+    epochs = math.ceil(total_steps(recipe, len(data.images))/steps_of_pass(len(data.images), recipe.batch))
     for epoch in range(done, epochs):
         seed_all(seed, epoch + 1)
         detector.train()
@@ -637,7 +646,7 @@ def train_epochs(
         last = epoch + 1 == epochs
         due = save_last if last else time.monotonic() - saved >= save_every
         if folder and due:
-            save_checkpoint(path, detector, optimizer, epoch + 1, at_once, training)
+            save_checkpoint(folder/"checkpoint.pt", detector, optimizer, epoch + 1, at_once, training)
             saved = time.monotonic()
     seed_all(seed, epochs + 1)     # for `finish`, whose numbers must not depend on where a restart began
     return at_once
@@ -662,11 +671,14 @@ def train(
     `TrainingError` for a loss that is not finite, or when memory does not hold even one image.
     """
     warn_of_imitation(precision, runtime.device)
-    clean, parts = clean_batches(detector, data, recipe.batch, runtime), 1
+    clean = clean_batches(detector, data, recipe.batch, runtime)
     seed_all(seed)
     call_hook(detector, detector.prepare, clean)
+    parts = 1
     if recipe.epochs:
-        how = runtime, clean, seed, precision, folder, training, save_every, save_last
-        parts = train_epochs(detector, data, recipe, *how).parts
+        at_once = train_epochs(
+            detector, data, recipe, runtime, clean, seed=seed, precision=precision, folder=folder,
+            training=training, save_every=save_every, save_last=save_last)
+        parts = at_once.parts
     call_hook(detector, detector.finish, clean)
     return parts
