@@ -112,7 +112,7 @@ def moments(
     rows = []
     for level in levels:
         m = level.double()
-        count = m.new_tensor(m.numel())
+        count = m.new_full((), m.numel())
         rows.append(torch.stack([count, m.sum(), m.square().sum()]))
     return torch.stack(rows)
 
