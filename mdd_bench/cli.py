@@ -83,7 +83,9 @@ def flag_help(declared: Option) -> str:
 
 def flag(declared: Option) -> tuple:
     "The type and the flag of one field of `RunSpec`."
-    name, panel, default = "--" + declared.name.replace("_", "-"), declared.group, declared.default
+    name = "--" + declared.name.replace("_", "-")
+    panel = declared.group
+    default = declared.default
     if declared.type is dict:
         text = "an option of the detector (see mdd_bench detectors); may be repeated"
         return list[str], typer.Option([], "--option", help=text, metavar="NAME=VALUE", rich_help_panel=panel)
@@ -381,7 +383,8 @@ def make_tables(swept, folder: Path, **settings):
 def make_plain_tables(swept, folder: Path):
     "Write the tables of a study that has no notebook: what was found under each protocol, and what it cost."
     from mdd_bench.reporting.tables import caption, cost_caption, costs, summary, write_table
-    grid, averaged = swept.study.grid, ("seed", "label_seed")
+    grid = swept.study.grid
+    averaged = ("seed", "label_seed")
     axes = [name for name, values in grid.items() if len(values) > 1 and name not in averaged]
     arms = [swept.study.names()] if swept.study.arms else ["detector"]
     by = arms + [name for name in axes if name not in arms]

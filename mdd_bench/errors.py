@@ -57,7 +57,8 @@ def disk_errors(
     "Raise a `DiskError` for an error of the operating system about a disk; a decorator too."
     try: yield
     except OSError as e:
-        problem, kept = f"{e.filename or where}: {e.strerror}", "what is recorded is kept"
+        problem = f"{e.filename or where}: {e.strerror}"
+        kept = "what is recorded is kept"
         if e.errno in FULL: raise FullDiskError(problem, f"make room; {kept}") from e
         if not e.filename or e.errno not in (*FORBIDDEN, *WRONG_KIND): raise
         remedy = f"choose another place (the cache: MDD_BENCH_CACHE), or ask for access; {kept}"

@@ -201,7 +201,8 @@ def check_forced(
     condition: str,   # of `forced`, which holds
 ):
     "Raises `SpecError` for a value other than the one that the condition leaves."
-    name, only = declared.name, declared.forced[condition]
+    name = declared.name
+    only = declared.forced[condition]
     if value == only: return
     if value is not None and checked_value(declared, value) == only: return
     remedy = f"leave {name} out" if only is None else f"leave {name} out, or give {only!r}"

@@ -9,7 +9,7 @@ from scipy import stats
 
 from mdd_bench.errors import SpecError, StoreError
 from mdd_bench.reporting.effects import critical_difference_diagram, draw_effects
-from mdd_bench.reporting.statistics import (Effect, Pair, Ranking, class_values, compare, compare_pairs,
+from mdd_bench.reporting.statistics import (ArmPair, Effect, Ranking, class_values, compare, compare_pairs,
                                             effect, equivalent, friedman, holm, joined, signed_rank,
                                             with_same_test)
 from mdd_bench.running.store import Record
@@ -358,7 +358,7 @@ def test_a_comparison_says_what_it_cannot_decide(arms):
 
 
 def test_pairs_have_their_own_baselines_and_classes(arms):
-    pairs = dict(y=Pair(arms["y"], arms["x"]), z=Pair(arms["z"], arms["y"], ("a", "b")))
+    pairs = dict(y=ArmPair(arms["y"], arms["x"]), z=ArmPair(arms["z"], arms["y"], ("a", "b")))
     table = compare_pairs(pairs, ["P-AP"])
     for name, base, classes in (("y", "x", None), ("z", "y", ["a", "b"])):
         again = effect(arms[name], arms[base], "P-AP", classes)

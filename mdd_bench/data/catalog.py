@@ -183,7 +183,8 @@ def digests(
 ) -> dict[str, Digest]:              # of the files that can be read
     "Returns the digests of many files, remembered between calls; raises `DataError` as `digest` does."
     memo = memo_file(root)
-    known, found = read_memo(memo), {}
+    known = read_memo(memo)
+    found = {}
     remembered = len(known)
     try:
         for name in paths:
@@ -237,7 +238,8 @@ def contradictions(
     seen: dict[str, Digest],   # of its images and masks
 ) -> list[DataError]:
     "Returns an error for each image that stands twice in the table, or is good and has marks on its mask."
-    table, problems = catalog.table, []
+    table = catalog.table
+    problems = []
     for path in table.path[table.path.duplicated()].unique():
         problems.append(DataError(f"{catalog.root/path} stands in the table more than once", "name it once"))
     for row in table[(table.kind == "good") & (table["mask"] != "")].itertuples():
@@ -271,7 +273,8 @@ def masks_unknown(catalog: Catalog) -> list[str]:
     "Returns a line about each class with anomalous images that have no mask."
     lines = []
     for cls, rows in catalog.part(split="test").groupby("cls"):
-        lacking, anomalous = has_no_mask(rows).sum(), (rows.kind != "good").sum()
+        lacking = has_no_mask(rows).sum()
+        anomalous = (rows.kind != "good").sum()
         what = f"{lacking} of {anomalous} anomalous images of {cls} have no mask"
         if lacking: lines.append(f"{what}: the pixel metrics leave them out")
     return lines
@@ -430,7 +433,8 @@ def inspect_catalog(
     value_range=None,            # black and white of images with more than 8 bits; None: not stated
 ) -> Inspection:
     "Reads every file once, and returns all that is wrong or looks so."
-    absent, broken = absent_classes(catalog), []
+    absent = absent_classes(catalog)
+    broken = []
     there = catalog.table[~catalog.table.cls.isin(absent)].reset_index(drop=True)
     kept, seen = readable(replace(catalog, table=there), broken)
     problems = [*absent.values(), *([] if skip_broken else broken)]
@@ -449,7 +453,8 @@ def refuse_problems(found: Inspection):
     "Warns of what looks wrong, and raises the first `DataError` that was found, which tells of the others."
     for warning in found.warnings: warnings.warn(warning, stacklevel=2)
     if not found.problems: return
-    first, others = found.problems[0], len(found.problems) - 1
+    first = found.problems[0]
+    others = len(found.problems) - 1
     more = f" ({others} more problems: mdd_bench datasets shows them all)" if others else ""
     raise DataError(first.what, first.remedy + more)
 

@@ -330,7 +330,8 @@ class Defects:
         rng = np.random.default_rng([self.seed, epoch, index])
         image, shape = image.astype(np.float32), image.shape[1:]
         if rng.random() >= self.probability: return image, np.zeros(shape, bool)
-        mask, b = perlin_mask(rng, shape), rng.uniform(0, 0.8)
+        mask = perlin_mask(rng, shape)
+        b = rng.uniform(0, 0.8)
         return blend(image, self.textures.draw(rng, index, shape), mask, b), mask
 
 # %% ../../nbs/data/05_defects.ipynb #05110fb5

@@ -203,7 +203,8 @@ def check_answer(
     response: requests.Response,
 ):
     "Raises `Refused` or `requests.HTTPError` unless an answer is a file, or says that nothing is left of it."
-    code, kind = response.status_code, response.headers.get("Content-Type", "")
+    code = response.status_code
+    kind = response.headers.get("Content-Type", "")
     if code not in (200, 206, 416):
         error = requests.HTTPError if code >= 500 or code in AGAIN else Refused
         raise error(f"{code} {response.reason}")
@@ -215,7 +216,8 @@ def place(
     part: Path,                    # what has arrived so far; removed where the answer does not fit to it
 ) -> tuple[int, int | None]:       # the first byte of the answer; the length of the file, None: not said
     "Where an answer belongs in the file; one that belongs nowhere removes it, and is a `ConnectionError`."
-    have, code = size_of(part), response.status_code
+    have = size_of(part)
+    code = response.status_code
     if code == 200:
         length = response.headers.get("Content-Length", "")
         total = int(length) if length.isdecimal() else None
@@ -280,7 +282,8 @@ class Resume:
     pause: float = 1     # seconds after the first failure; doubled each time
 
     def __call__(self, url, output_file, pooch):
-        failures, furthest = 0, size_of(self.part)
+        failures = 0
+        furthest = size_of(self.part)
         while True:
             try:
                 receive(url, self.part)
@@ -314,7 +317,8 @@ def target(
 ) -> Path:
     "Where a member is to be written; raises `DownloadError` where it has no business there."
     path = PureWindowsPath(member.name)
-    what, remedy = f"member {member.name!r} of the archive", "nothing was unpacked; tell its owners"
+    what = f"member {member.name!r} of the archive"
+    remedy = "nothing was unpacked; tell its owners"
     outside = path.root or ".." in path.parts or ":" in member.name or "\0" in member.name
     if outside: raise DownloadError(f"{what} leads out of its folder", remedy)
     if member.kind not in ("file", "folder"): raise DownloadError(f"{what} is a {member.kind}", remedy)
@@ -355,7 +359,9 @@ def zip_members(archive: Path) -> Iterator[Member]:
 # %% ../../nbs/data/08_download.ipynb #9fc029dd
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
           EOFError, RuntimeError, UnicodeError)      # RuntimeError: a zip with a password
-MOST_MEMBERS, LEAST_LIMIT, MOST_TIMES = 10**6, 10**9, 10
+MOST_MEMBERS = 10**6
+LEAST_LIMIT = 10**9
+MOST_TIMES = 10
 
 def write_members(
     archive: Path,

@@ -78,7 +78,9 @@ def moved(
 ):         # the damaged image, uint8 [H, W, 3]
     "A piece of the image pasted elsewhere (paper: CutPaste; sizes, the ellipse and the kept colours: ours)."
     H, W = image.shape[:2]
-    area, aspect, ellipse = random_area(rng, image), 2.5**rng.uniform(-1, 1), rng.random() < .5
+    area = random_area(rng, image)
+    aspect = 2.5**rng.uniform(-1, 1)
+    ellipse = rng.random() < .5
     h = int(np.clip((area*aspect)**.5, 1, H//2))
     w = int(np.clip((area/aspect)**.5, 1, W//2))
     from_y, to_y = rng.integers(0, H - h + 1, 2)
@@ -136,7 +138,8 @@ def stain(
 ):         # the damaged image, float [H, W, 3]
     "A soft-edged spot, 8 to 40 grey levels lighter or darker, slightly off in colour if there is any (ours)."
     y, x = coordinates(image, random_centre(rng, image))
-    radius, soft = (random_area(rng, image)/np.pi)**.5, rng.uniform(.2, .9)
+    radius = (random_area(rng, image)/np.pi)**.5
+    soft = rng.uniform(.2, .9)
     outline = uneven_outline(rng, np.arctan2(y, x), radius)
     p = np.clip((1 - np.hypot(y, x)/outline)/soft, 0, 1)
     is_grey = (image == image[..., :1]).all()

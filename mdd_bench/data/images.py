@@ -48,7 +48,8 @@ def refuse_image(
     path,                # its file
 ):
     "Raises `DataError` for an image that is too large, or that can be seen in more than one way."
-    megapixels, most = image.width*image.height/1e6, most_megapixels()
+    megapixels = image.width*image.height/1e6
+    most = most_megapixels()
     if megapixels > most:
         remedy = "make it smaller, or set MDD_BENCH_MEGAPIXELS to allow more"
         raise DataError(f"{path} has {megapixels:.0f} megapixels, more than {most:g}", remedy)
@@ -182,7 +183,8 @@ def shown_part(
     "Returns the part of the square that shows the image: all of it, unless the image was padded."
     side = max(shape) if framing.resize == "pad" else None
     if side is None: return slice(0, framing.size), slice(0, framing.size)
-    scale, before = framing.size/side, [(side - n)//2 for n in shape]
+    scale = framing.size/side
+    before = [(side - n)//2 for n in shape]
     ends = [(round(b*scale), round((b + n)*scale)) for b, n in zip(before, shape)]
     return tuple(slice(start, max(stop, start + 1)) for start, stop in ends)
 

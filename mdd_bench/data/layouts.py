@@ -165,7 +165,8 @@ def mvtec_3d(root: Path) -> Iterator[Row]:
 def mvtec_ad_2(root: Path) -> Iterator[Row]:
     "MVTec AD 2: the public test. The images of the hidden tests have no labels and are left out."
     for folder in class_folders(root):
-        row, public = Row("", "", folder.name, "train", "good"), folder/"test_public"
+        row = Row("", "", folder.name, "train", "good")
+        public = folder/"test_public"
         yield from kind_rows(root, folder/"train"/"good", row)
         yield from kind_rows(root, folder/"validation"/"good", row._replace(split="calibration"))
         yield from kind_rows(root, public/"good", row._replace(split="test"))
@@ -222,7 +223,8 @@ def kolektor(root: Path) -> Iterator[Row]:
     "KolektorSDD: a mask beside each image; of the items, a fifth is tested, and all defective images (ours)."
     items = [p for p in folders_in(root) if p.name.startswith("kos")]
     tested = for_test(item.name for item in items)
-    normal, rows = Row("", "", "kolektor", "train", "good"), []
+    normal = Row("", "", "kolektor", "train", "good")
+    rows = []
     for item in items:
         parts = [p for p in images_in(item) if not p.stem.endswith("_label")]
         rows += [beside(root, part, "_label.bmp", normal) for part in parts]
@@ -356,7 +358,8 @@ def ader(root: Path) -> Iterator[Row]:
 def uniad(root: Path) -> Iterator[Row]:
     "UniAD's lists: a kind is the name of the image's folder."
     for split in ("train", "test"):
-        source, home = root/f"{split}.json", None
+        source = root/f"{split}.json"
+        home = None
         for entry in read_json(source, lines=True):
             anomalous, image = entry_flag(entry, "label", source), entry_value(entry, "filename", source)
             path = PurePosixPath(safe_name(image, source))
@@ -377,7 +380,8 @@ def realiad_lists(root: Path) -> list[Path]:
 def realiad(root: Path) -> Iterator[Row]:
     "Real-IAD: every view is an image of its own; of several resolutions, the first by name is read."
     for source in realiad_lists(root):
-        lists, home = read_json(source), None
+        lists = read_json(source)
+        home = None
         prefix = safe_name(entry_value(entry_value(lists, "meta", source), "prefix", source), source) or "."
         for split in ("train", "test"):
             for entry in entry_value(lists, split, source, list):
@@ -477,7 +481,8 @@ def unused_files(
     table: pd.DataFrame,   # of all its classes
 ) -> dict:                 # ending -> number
     "Counts the files that no row names, by their endings; those in hidden folders do not count."
-    used, counts = {*table.path, *table["mask"]}, Counter()
+    used = {*table.path, *table["mask"]}
+    counts = Counter()
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         here = Path(folder).relative_to(root)

@@ -128,7 +128,8 @@ def prefetched(
     items,   # an iterable; only the thread touches it
 ):           # yields the items
     "Yields items that a thread makes in advance; an error in making one is raised where it is asked for."
-    iterator, end = iter(items), object()
+    iterator = iter(items)
+    end = object()
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, iterator, end) for _ in range(AHEAD))
         while (item := waiting.popleft().result()) is not end:

@@ -91,7 +91,9 @@ def choose(
     at_most: bool,   # is it enough when each class gives what it can?
 ) -> dict:           # class -> list of paths
     "Returns the first `n` images of each pool; raises `DataError` when a class cannot give as many."
-    chosen, limits, lacking = {}, {}, 0
+    chosen = {}
+    limits = {}
+    lacking = 0
     for c in catalog.classes:
         anomalies = catalog.part(cls=c, split="test").query("kind != 'good'")
         masked = anomalies[anomalies["mask"] != ""]

@@ -123,7 +123,8 @@ def contact_sheet(
     "Returns a picture with a line of thumbnails for each class."
     rows = [shown_rows(found, cls) for cls in found.catalog.classes]
     lines = [[thumbnail(found, row, value_range) for row in line] for line in rows]
-    gap, high = 4, SIDE + LINE + 4
+    gap = 4
+    high = SIDE + LINE + 4
     width = max(map(len, lines), default=0)*(SIDE + gap) + gap
     sheet = Image.new("RGB", (width, len(lines)*high + gap), "white")
     for y, line in enumerate(lines):

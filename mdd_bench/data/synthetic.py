@@ -11,8 +11,8 @@ __all__ = ['VERSION', 'SIDE', 'PIXEL_Y', 'PIXEL_X', 'CAP_MARKS', 'CLASSES', 'LEA
            'lay_on', 'gear_teeth', 'gear_outline', 'turned_steel', 'gear_surface', 'gear', 'pin_distance',
            'connector_pins', 'connector_outline', 'plastic', 'scuffed', 'connector', 'cap_ink', 'without_two',
            'cap_print', 'dent', 'highlight', 'cap', 'uneven_light', 'dust', 'camera', 'Product', 'stream_of',
-           'photograph', 'to_bytes', 'Pair', 'draw_pair', 'draw', 'plan', 'write_png', 'write_image', 'write_embedded',
-           'embedded']
+           'photograph', 'to_bytes', 'DrawnPair', 'draw_pair', 'draw', 'plan', 'write_png', 'write_image',
+           'write_embedded', 'embedded']
 
 # %% ../../nbs/data/02_synthetic.ipynb #dcd0d068
 from collections.abc import Callable
@@ -734,7 +734,7 @@ def to_bytes(image):
     "An image in [0, 1], quantised to uint8."
     return (np.clip(image, 0, 1)*255 + .5).astype(np.uint8)
 
-class Pair(NamedTuple):
+class DrawnPair(NamedTuple):
     "An image, its flawless twin, and where they differ."
     image: np.ndarray  # uint8 [256, 256, 3]
     twin: np.ndarray   # uint8 [256, 256, 3]
@@ -750,19 +750,19 @@ def draw_pair(
     i: int,       # number of the image
     split="test", # or "train", which has good images only
     seed=0,       # of the benchmark
-) -> Pair:
+) -> DrawnPair:
     "Draw an image, and the same product without its flaw. Raises `SpecError` for an unknown name."
     stream = [seed, *stream_of(cls, kind, split), i]
     clean, noise = photograph(cls, Flaw(), stream)
     twin = to_bytes(clean + noise)
-    if kind == "good": return Pair(twin, twin, np.zeros((SIDE, SIDE), bool))
+    if kind == "good": return DrawnPair(twin, twin, np.zeros((SIDE, SIDE), bool))
     for attempt in count(1):
         flaw = Flaw(kind, np.random.default_rng([*stream, attempt]))
         broken, _ = photograph(cls, flaw, stream)
         image = to_bytes(broken + noise)
         mask = (np.abs(broken - clean).max(-1) > LEAST_DIFFERENCE) & (image != twin).any(-1)
         if mask.sum() >= LEAST_PIXELS:
-            return Pair(np.where(mask[..., None], image, twin), twin, mask)
+            return DrawnPair(np.where(mask[..., None], image, twin), twin, mask)
 
 # %% ../../nbs/data/02_synthetic.ipynb #235f756c
 def draw(
@@ -820,7 +820,8 @@ def write_embedded(
     classes: list = None, # None: all
 ) -> Path:                # root
     "Draw the benchmark into a folder. Raises `SpecError` for unknown names, `DataError` for a folder in use."
-    root, classes = Path(root), list(classes or CLASSES)
+    root = Path(root)
+    classes = list(classes or CLASSES)
     if size not in SIZES: raise unknown("size", size, SIZES)
     for cls in classes:
         if cls not in CLASSES: raise unknown("class", cls, CLASSES)

@@ -89,7 +89,8 @@ class Flow(nn.Module):
         position,    # [N] number of each row's position
     ):               # [N, C], [N]
         "Return z and the log-determinant, of standardised x to z."
-        z, logdet = (x - self.mean)/self.deviation, 0.
+        z = (x - self.mean)/self.deviation
+        logdet = 0.
         for coupling in self.couplings:
             z, of_coupling = coupling(z, conditions, position)
             logdet = logdet + of_coupling
@@ -311,7 +312,8 @@ def level_losses(
     labelled = None if known is None else known["features"][level]
     mask = None if known is None else known["mask"]
     guided = known is not None and int(detector.epochs_done) >= detector.warm_up
-    flow, features = detector.flows[level], batch["features"][level]
+    flow = detector.flows[level]
+    features = batch["features"][level]
     l = step_likelihoods(flow, features, labelled, mask, detector.rows, guided)
     if guided: return guided_terms(l, detector.beta, detector.tau, detector.weight)
     terms = plain_terms(l)

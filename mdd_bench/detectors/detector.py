@@ -171,7 +171,8 @@ def load_file(
     if not (isinstance(cls, type) and issubclass(cls, Detector)):
         remedy = "name a class that inherits from mdd_bench's Detector"
         raise SpecError(f"{path} has no Detector {name!r}", remedy)
-    cls.name, cls.source = f"{path}:{name}", source
+    cls.name = f"{path}:{name}"
+    cls.source = source
     return cls
 
 # %% ../../nbs/detectors/20_detector.ipynb #6eec0904

@@ -113,7 +113,8 @@ class DMADNetwork(nn.Module):
     ):
         super().__init__()
         self.banks = banks
-        self.projection, self.patch_norm = nn.Linear(dim, dim), nn.BatchNorm1d(dim)
+        self.projection = nn.Linear(dim, dim)
+        self.patch_norm = nn.BatchNorm1d(dim)
         names = dict.fromkeys(["normal", *banks])
         self.knowledge = nn.ModuleDict({name: Knowledge(dim, terms) for name in names})
         width = self.knowledge["normal"].width
@@ -205,7 +206,8 @@ def varied(
     def drawn(): return torch.multinomial(pool.chance.cpu(), n, replacement=True).to(normal.device)
     def uniform(low, high): return torch.empty(n, 1).uniform_(low, high).to(normal)
     chosen = drawn()
-    patches, other = pool.rows[chosen], pool.rows[drawn()]
+    patches = pool.rows[chosen]
+    other = pool.rows[drawn()]
     noisy = patches + .25*deviation*torch.randn(n, len(deviation)).to(normal)
     onto = normal[torch.randint(len(normal), (n,)).to(normal.device)]
     moved = onto + uniform(.5, 1.5)*pool.difference[chosen]
@@ -414,7 +416,8 @@ def score_parts(
     patches,   # [N, D]
 ) -> Scores:
     "Look patches up, and return what distance and experts say."
-    network, knowledge = detector.network, {}
+    network = detector.network
+    knowledge = {}
     banks = dict.fromkeys(["normal", *(detector.bank_names if detector.weight else ())])
     for name in banks:
         found = look_up(detector.banks[name].rows, patches, detector.neighbours)

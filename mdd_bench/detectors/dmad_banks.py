@@ -53,7 +53,8 @@ def labelled_patches(
     rule=defective,  # (mask [L, S, S], grid) -> DefectivePatches
 ) -> list[LabelledPatches]:
     "Collect the patches of all labelled images, batch by batch."
-    numbers, collected = {}, []
+    numbers = {}
+    collected = []
     for batch in labelled_batches(batches):
         patches = patch_features(batch["features"])
         anomalous, best_only = rule(batch["mask"], patches.shape[-2:])

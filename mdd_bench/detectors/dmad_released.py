@@ -28,7 +28,8 @@ class ReleasedKnowledge(nn.Module):
         dim: int,  # D
     ):
         super().__init__()
-        self.norm, self.value = nn.BatchNorm1d(dim), nn.Linear(dim, dim)
+        self.norm = nn.BatchNorm1d(dim)
+        self.value = nn.Linear(dim, dim)
         xavier(self.value)
         self.requires_grad_(False)
 
@@ -197,10 +198,12 @@ def fill_banks(
     known = joined([nothing, *(p.rows(p.anomalous) for p in labelled)])
     parts = abnormal_parts(batches, known, normal, detector.classes, detector.noise)
     representation = detector.representation
-    representation.normal, representation.abnormal = normal.rows, parts.bank().rows
+    representation.normal = normal.rows
+    representation.abnormal = parts.bank().rows
     banks = representation.banks
     counts = parts.counts() | {name: len(bank) for name, bank in banks.items()}
-    of_labelled, anomalous = row_tables(banks, labelled_batches(batches)), None
+    of_labelled = row_tables(banks, labelled_batches(batches))
+    anomalous = None
     if labelled:
         anomalous = torch.cat([p.anomalous for p in labelled]).cpu()
         counts["labelled images"] = len(anomalous)
@@ -241,7 +244,8 @@ class DMADReleased(ReleasedNetwork):
 
     def predict(self, features, size):
         patches = patch_features(features)
-        rows, banks = as_rows(patches), self.representation.banks
+        rows = as_rows(patches)
+        banks = self.representation.banks
         scores = []
         for part in rows.split(2**15):
             scores.append(self.network(self.representation(part, nearest_numbers(banks, part))))

@@ -323,7 +323,8 @@ def mddnet_losses(
     dist_weight: float,
 ) -> dict:                # named scalars
     "All terms of MDD-Net's loss, weighted (second-hand; weights: ours)."
-    normal, memory = batch["features"], network.memory
+    normal = batch["features"]
+    memory = network.memory
     group = None if memory is None else memory.groups(batch)
     seen = normal if damaged is None else damaged
     decoded = network(seen, group)
@@ -401,7 +402,8 @@ def make_room(
     state: dict,      # of a saved detector
 ):
     "Room for as many clusters and prototypes as were saved, in place; nothing is touched where there is."
-    clusters, prototypes = memory.groups.clusters, memory.prototypes
+    clusters = memory.groups.clusters
+    prototypes = memory.prototypes
     number = len(state[SAVED_CENTRES])
     if number == len(clusters) == len(prototypes.used): return
     clusters.resize(number)

@@ -39,7 +39,8 @@ def compare(
     rows = as_rows(patches)
     found = nearest(rows, bank)
     distance, row = found.distance.view(images, -1), found.index.view(images, -1)
-    image, farthest = torch.arange(images, device=rows.device), distance.argmax(1)
+    image = torch.arange(images, device=rows.device)
+    farthest = distance.argmax(1)
     patch = rows.view(images, height*width, -1)[image, farthest]
     score = image_score(patch, distance[image, farthest], bank, row[image, farthest], neighbours)
     grid = distance.view(images, 1, height, width)

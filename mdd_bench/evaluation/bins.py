@@ -85,12 +85,14 @@ class Histogram:
     def __init__(self, bins):
         self.bins, self.level = bins, 0         # level: how many bits are dropped
         self.pixels, self.regions = 0, 0
-        columns, none = {"anomalous": 1, "good": 1, "defective": 2}, np.empty(0, np.int32)
+        columns = {"anomalous": 1, "good": 1, "defective": 2}
+        none = np.empty(0, np.int32)
         self.tables = {name: Table(none, np.empty((k, 0), np.int64)) for name, k in columns.items()}
 
     def count(self, pixels, regions):
         "Add to the number of pixels and regions. ValueError for more regions than whole numbers can count."
-        total, most = self.regions + regions, 2**62//UNIT
+        total = self.regions + regions
+        most = 2**62//UNIT
         if total > most:
             raise ValueError(f"{total} regions: streaming counts at most {most}, use mode='exact'")
         self.pixels += pixels
@@ -205,7 +207,9 @@ def binned_average_precision(
 ) -> BinnedAP:
     "AP when the defective pixels of each bin come last (bounded from below), evenly mixed, or first (ours)."
     if not c.tp[-1]: return BinnedAP(np.nan, np.nan, np.nan)
-    tp, before, after = c.tp[1::2], c.fp[:-1:2], c.fp[1::2]
+    tp = c.tp[1::2]
+    before = c.fp[:-1:2]
+    after = c.fp[1::2]
     n = np.diff(tp, prepend=0)
 
     def one_by_one(fp_first, fp_last):

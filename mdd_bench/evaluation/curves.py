@@ -113,7 +113,8 @@ class Keys:
     def sort(self) -> list[np.ndarray]:
         "Sort what waits, and return all runs."
         if self.waiting: self.runs.append(rising(self.parts))
-        self.parts, self.waiting = [], 0
+        self.parts = []
+        self.waiting = 0
         return self.runs
 
 # %% ../../nbs/evaluation/38_curves.ipynb #38c45c60
@@ -147,7 +148,9 @@ def above_in_runs(
 ) -> Above:
     "Counts over all runs."
     none = np.zeros(len(t), np.int64)
-    greater, at_least, total = none, none, 0
+    greater = none
+    at_least = none
+    total = 0
     for run in runs:
         found = above(t, run)
         greater, at_least, total = greater + found.greater, at_least + found.at_least, total + found.total

@@ -80,7 +80,8 @@ def checked(
     batch = ImageBatch(maps, scores, binary("masks", masks), binary("labels", labels))
     shapes = {"scores": maps.shape[:1], "masks": maps.shape, "labels": maps.shape[:1]}
     for name, shape in shapes.items():
-        given, needed = getattr(batch, name).shape, tuple(shape)
+        given = getattr(batch, name).shape
+        needed = tuple(shape)
         if given != needed:
             raise ValueError(f"{name}: shape {given}, but maps of shape {tuple(maps.shape)} need {needed}")
     return batch
@@ -93,7 +94,8 @@ def image_curve(
     "The curve of images."
     anomalous, normal = np.sort(scores[labels]), np.sort(scores[~labels])
     thresholds, counts = np.unique(anomalous, return_counts=True)
-    thresholds, found = thresholds[::-1], np.cumsum(counts[::-1])
+    thresholds = thresholds[::-1]
+    found = np.cumsum(counts[::-1])
     return curve(found, found, above(thresholds, anomalous), above(thresholds, normal))
 
 

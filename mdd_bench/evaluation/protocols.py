@@ -176,7 +176,8 @@ def counts_above(
     side = "left" if at_or_above else "right"
 
     def count(runs):
-        none, total = np.zeros(len(keys), np.int64), sum(map(len, runs))
+        none = np.zeros(len(keys), np.int64)
+        total = sum(map(len, runs))
         below = sum((np.searchsorted(run, keys, side) for run in runs), none)
         return np.append(total - below, total)
 
@@ -200,7 +201,8 @@ class PeerEvaluator(Evaluator):
 
     def pixel_values(self, pixel: Curve) -> dict[str, float]:
         "The metrics of the pixels."
-        exact, some = super().pixel_values(pixel), pixel.tp[-1] + pixel.fp[-1] > 0
+        exact = super().pixel_values(pixel)
+        some = pixel.tp[-1] + pixel.fp[-1] > 0
         return exact | self.peer_values(pixel) if some else exact
 
     def score_range(self):  # float64 [2]: the lowest and the highest score
@@ -487,7 +489,8 @@ def raw_batch(
     located=None,   # bool or 0/1 [B]: images whose mask is known; None: all
 ) -> RawBatch:
     "The parts of a batch in their dtypes. DataError or ValueError for what does not fit."
-    maps, labels = finite_maps(maps), binary("labels", labels)
+    maps = finite_maps(maps)
+    labels = binary("labels", labels)
     parts = dict(maps=maps, masks=masks, labels=labels, kinds=kinds)
     if located is not None: parts["located"] = located = binary("located", located)
     counts = [len(part) for part in parts.values()]

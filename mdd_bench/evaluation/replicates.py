@@ -25,7 +25,8 @@ def resample_counts(
     replicates=200,  # how many resamples
 ):                   # int [replicates, n]: how often each image is drawn
     "Draw images with replacement within each label; the same paths give the same draws everywhere (ours)."
-    names, labels = [str(p) for p in paths], np.asarray(labels, bool)
+    names = [str(p) for p in paths]
+    labels = np.asarray(labels, bool)
     if len(names) != len(labels): raise ValueError(f"{len(names)} paths, but {len(labels)} labels")
     seed = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
     stream = np.random.PCG64(int(seed, 16))
@@ -202,7 +203,8 @@ def average_precisions(c: Curves):
 
 def f1maxima(c: Curves):
     "The best F1 [R] of each curve, at an edge; the threshold is chosen on the data that is judged."
-    recall, false_positives = rates(c.tp), ratio(c.fp, c.tp[:, -1:])
+    recall = rates(c.tp)
+    false_positives = ratio(c.fp, c.tp[:, -1:])
     return (2*recall/(recall + 1 + false_positives)).max(1)
 
 # %% ../../nbs/evaluation/40a_replicates.ipynb #3b2a6de8
@@ -248,7 +250,8 @@ class CountedPixels:
         self.thresholds, self.buffer = thresholds, buffer
         self.waiting = []                       # sorted images, until thresholds can be chosen from them
         self.pixels, self.defective = 0, 0      # how many pixels wait
-        self.edges, self.tables = None, []
+        self.edges = None
+        self.tables = []
 
     def add(self, image: SortedPixels):
         "Count an image, or let it wait."
@@ -280,7 +283,8 @@ class Replicates:
         buffer=2**24,     # pixels from which the thresholds are chosen; four bytes each
         fpr_limit=.3,     # AUPRO: the largest false-positive rate that counts
     ):
-        self.pixels, self.fpr_limit = CountedPixels(thresholds, buffer), fpr_limit
+        self.pixels = CountedPixels(thresholds, buffer)
+        self.fpr_limit = fpr_limit
         self.scores, self.labels, self.good = [], [], []    # of each image
 
     def update(self, maps, scores, masks, labels, located=None):
@@ -297,7 +301,8 @@ class Replicates:
         counts,  # int [R, n] from `resample_counts`, images in the order of the updates
     ):           # float32 [R] of each of `KEYS`
         "All metrics of each resample, nan where undefined. ValueError when `counts` does not fit the images."
-        counts, n = np.asarray(counts), len(self.labels)
+        counts = np.asarray(counts)
+        n = len(self.labels)
         if counts.ndim != 2 or counts.shape[1] != n or not n:
             raise ValueError(f"counts: shape {counts.shape}, expected [replicates, {n}] for {n} images")
         image = image_curves(np.array(self.scores), np.array(self.labels), counts)

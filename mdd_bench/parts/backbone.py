@@ -286,7 +286,9 @@ def check_levels(backbone):
     size = backbone.fixed_size or 64
     levels = backbone.pyramid(noise_images(size))
     for level, channels, stride in zip(levels, backbone.channels, backbone.strides):
-        given, said, side = tuple(level.shape[1:]), (channels, size//stride, size//stride), level.shape[-1]
+        given = tuple(level.shape[1:])
+        said = (channels, size//stride, size//stride)
+        side = level.shape[-1]
         if given == (channels, side, side) and .5 <= side*stride/size <= 2: continue    # some have no padding
         problem = f"backbone {backbone.name!r} gives {given} for {size} pixels, by timm's description {said}"
         raise SpecError(problem, "choose another one, for example resnet18")

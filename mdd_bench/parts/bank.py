@@ -53,7 +53,8 @@ def _next_picks(
 ) -> list:       # row numbers; none when every row is covered
     "Make the next greedy picks, as long as the candidates alone can decide them."
     rows, least = _candidates(far, block)
-    candidates, distance = x[rows].float(), far[rows]
+    candidates = x[rows].float()
+    distance = far[rows]
     between = torch.addmm(norm[rows], candidates, candidates.T, alpha=-2).add_(norm[rows][:, None])
     picks = []
     while len(picks) < min(most, len(rows)):
@@ -85,7 +86,8 @@ def k_centres(
     mean = sum(part.float().sum(0) for part in parts)/len(x)
     from_mean = norm - 2*torch.cat([part.float() @ mean for part in parts])   # squared, less |mean|^2
     far = torch.full_like(norm, float("inf"))
-    chosen, new = [], [int(from_mean.argmax())]
+    chosen = []
+    new = [int(from_mean.argmax())]
     while new:
         _lower_distances(far, x, norm, new)
         chosen += new
@@ -101,7 +103,9 @@ def project(
     generator=None,    # of the projection; None: torch's own
 ):                     # [N, min(dim, D)] half precision, where the batches are
     "Centre, project and round all rows to half precision (random projection: PatchCore's released code)."
-    parts, origin, matrix = [], None, None
+    parts = []
+    origin = None
+    matrix = None
     for rows in batches:
         rows = rows.float()
         if origin is None:
@@ -123,7 +127,8 @@ def take(
 ):            # [len(picks), D], in the order of the rows
     "Fetch rows from batches that are never all there at once."
     picks = picks.sort().values
-    parts, start = [], 0
+    parts = []
+    start = 0
     for rows in batches:
         here = picks[(picks >= start) & (picks < start + len(rows))]
         parts.append(rows[here - start])

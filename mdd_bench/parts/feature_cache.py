@@ -28,7 +28,8 @@ def clean_features(
     images,    # [B, 3, H, W], on the backbone's device
 ) -> list:     # float32 [B, C_i, H_i, W_i] per level
     "Compute features whose bits depend neither on the size of the batch nor on the other images in it."
-    size, parts = chunk_size(images.device), []
+    size = chunk_size(images.device)
+    parts = []
     for chunk in images.split(size):
         fillers = chunk[:1].expand(size - len(chunk), -1, -1, -1)
         levels = backbone(torch.cat([chunk, fillers]))
@@ -122,7 +123,8 @@ class Entry:
 
 def read_entry(folder: Path) -> Entry:
     "Look at the files of an entry."
-    sizes, used = {}, 0.
+    sizes = {}
+    used = 0.
     for file in folder.iterdir():
         try:
             stat = file.stat()
@@ -143,7 +145,8 @@ class FeatureStore:
         root,                  # the folder
         limit_gb: float = 20,  # largest size of all of it, gigabytes
     ):
-        self.root, self.limit = Path(root), limit_gb*1e9
+        self.root = Path(root)
+        self.limit = limit_gb*1e9
 
     @contextmanager
     def locked(self):
@@ -384,7 +387,8 @@ def stored_features(
     device="cpu",  # where the backbone is
 ):                 # a FeatureCache, or None: not one image fits
     "Find or make the entry of a key; an `OSError` where the folder cannot be written or the disk is full."
-    n, shapes = about["images"], None
+    n = about["images"]
+    shapes = None
     while True:
         found = find_entry(store, key, n, backbone)
         if found is not None:

@@ -21,7 +21,9 @@ def conv_norm_pairs(
     images,            # [B, 3, H, W]
 ) -> list[tuple]:      # (convolution, batch norm) modules
     "Find the pairs of a convolution and the batch norm that is given its output."
-    outputs, pairs, hooks = {}, [], []
+    outputs = {}
+    pairs = []
+    hooks = []
     def after_convolution(module, args, output):
         outputs[id(output)] = module, output    # kept alive, so that no other tensor gets its id
     def before_norm(module, args):

@@ -97,7 +97,8 @@ def lattice(
 ):              # (u, v), each [n, size, size]; one unit is one cell
     "Coordinates that count cells."
     n = len(params)
-    scale, angle = per_picture(3*8**params[:, 0]), math.pi*params[:, 1]
+    scale = per_picture(3*8**params[:, 0])
+    angle = math.pi*params[:, 1]
     cos, sin = per_picture(angle.cos()), per_picture(angle.sin())
     bends = power_law_noise(g, torch.full((2*n,), 2.5), size).view(2, n, size, size)
     dy, dx = bends*per_picture(.03*uniform(g, n)**2)
@@ -157,7 +158,9 @@ def scattered_points(
     key,     # [n] decides the points
 ):           # (distance to the nearest point, to the second nearest, the nearest one's tone) [n, size, size]
     "Distances, in cells, to points scattered over the lattice, one in each cell."
-    first, second, tone = torch.full_like(u, 9), torch.full_like(u, 9), torch.zeros_like(u)
+    first = torch.full_like(u, 9)
+    second = torch.full_like(u, 9)
+    tone = torch.zeros_like(u)
     for du in (-1, 0, 1):
         for dv in (-1, 0, 1):
             cell_u, cell_v = u.floor() + du, v.floor() + dv
@@ -201,7 +204,8 @@ def fractals(
     x = x + per_picture(uniform(g, n, low=-.15, high=.15))
     cos, sin = per_picture(turn.cos()), per_picture(turn.sin())
     re, im = width*(cos*x - sin*y), width*(sin*x + cos*y)
-    c_angle, c_radius = 2*math.pi*c_angle, .62 + .2*c_distance
+    c_angle = 2*math.pi*c_angle
+    c_radius = .62 + .2*c_distance
     c_re, c_im = per_picture(c_radius*c_angle.cos()), per_picture(c_radius*c_angle.sin())
     stay = torch.zeros(n, size, size)
     for _ in range(10):
@@ -289,7 +293,9 @@ def shape_distances(
     y, x = shape_coordinates(g, n, size)
     form = per_picture(torch.randint(5, (n,), generator=g))
     corners = per_picture(torch.randint(3, 9, (n,), generator=g).float())
-    r, angle, radius = torch.hypot(y, x), torch.atan2(y, x), per_picture(radius)
+    r = torch.hypot(y, x)
+    angle = torch.atan2(y, x)
+    radius = per_picture(radius)
     disc = r - radius
     box = torch.maximum(y.abs(), x.abs()) - .85*radius
     star = r - radius*(1 + per_picture(uniform(g, n, low=.05, high=.35))*torch.cos(corners*angle))
@@ -386,7 +392,8 @@ def camera(
     image,  # [n, 3, size, size] in [0, 1]
 ):          # [n, 3, size, size] in [0, 1]
     "Photograph pictures: uneven light, exposure, contrast, white balance, blur and noise (ours)."
-    n, (y, x) = len(image), pixel_grid(image.shape[-1])
+    n = len(image)
+    y, x = pixel_grid(image.shape[-1])
     light = 1 + .5*(per_picture(uniform(g, n, low=-1))*x + per_picture(uniform(g, n, low=-1))*y)
     balance = uniform(g, n, 3, 1, 1, low=-.08, high=.08)
     gain = 1 + balance + uniform(g, n, 1, 1, 1, low=-.25, high=.25)

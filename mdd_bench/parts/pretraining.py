@@ -95,7 +95,8 @@ def draw_positions(
     k: int = 24,  # candidates per picture
 ) -> Positions:
     "Draw positions on pictures, on marks thirty times as often as their area (ours)."
-    n, size = len(segments), segments.shape[-1]
+    n = len(segments)
+    size = segments.shape[-1]
     weights = 1. + 29*(segments == MARK).flatten(1)
     pixel = torch.multinomial(weights, k, generator=g)
     column_and_row = torch.stack([pixel % size, pixel//size], -1)
@@ -246,7 +247,8 @@ class Learner(nn.Module):
         photographs = pairs.photographs.to(device, memory_format=torch.channels_last)
         normalised = (photographs - self.mean)/self.std
         with torch.autocast(device.type, torch.bfloat16): levels = self.pyramid(normalised)
-        losses, strides = {}, self.pyramid.feature_info.reduction()
+        losses = {}
+        strides = self.pyramid.feature_info.reduction()
         for task in self.tasks:
             for features, head, stride in zip(levels, self.heads[task], strides):
                 losses[f"{task} {stride}"] = task_loss(task, features.float(), head, pairs)
@@ -263,7 +265,8 @@ class Pool:
         most: int = 1024, # number of pictures that are kept
     ):
         self.g, self.n, self.size = g, n, size
-        self.new, self.most = max(1, n//reuse), most
+        self.new = max(1, n//reuse)
+        self.most = most
         self.kept = self.draw(reuse*n)
 
     def draw(self,
@@ -310,7 +313,8 @@ def pretrain(
     progress=lambda step, losses: None,  # called after each step, counted from 1
 ) -> nn.Module:       # the pyramid, on the CPU, in evaluation mode
     "Train a pyramid from nothing on the stream; raises `SpecError` for an unknown backbone or task."
-    device, g = torch.device(device), torch.Generator().manual_seed(seed)
+    device = torch.device(device)
+    g = torch.Generator().manual_seed(seed)
     learner = new_learner(backbone, task, size, seed)
     learner = learner.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(learner.parameters(), lr=2e-3, weight_decay=.02)

@@ -236,7 +236,8 @@ def plural(noun: str, number: int) -> str:
 
 def measured_on(record) -> str:
     "The device and the number of threads that the cost of a record belongs to."
-    device, threads = record.cost["device"], record.provenance.get("threads")
+    device = record.cost["device"]
+    threads = record.provenance.get("threads")
     return device if threads is None else f"{device}, {threads} {plural('thread', threads)}"
 
 # %% ../../nbs/reporting/60a_arms.ipynb #9da8703a

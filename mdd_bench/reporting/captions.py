@@ -154,7 +154,8 @@ def cost_caption(
 # %% ../../nbs/reporting/60c_captions.ipynb #79a44d05
 def _length(record):
     "How long a record was trained, in epochs and steps where both are known."
-    epochs, steps = record.spec["epochs"], printed(steps_of(record))
+    epochs = record.spec["epochs"]
+    steps = printed(steps_of(record))
     if epochs == 0: return "nothing"
     if epochs is None: return f"{steps} steps"
     length = f"{epochs} {plural('epoch', epochs)}"

@@ -129,7 +129,8 @@ def _labelled_classes(record):
 
 def _mean_of_others(records, results):
     "{class: {metric: mean}} over the records that had no labels of the class, of one result for each record."
-    means, labelled = {}, [_labelled_classes(record) for record in records]
+    means = {}
+    labelled = [_labelled_classes(record) for record in records]
     for cls in results[0]:
         others = [of[cls] for of_record, of in zip(labelled, results) if cls not in of_record]
         if not others: continue
@@ -152,10 +153,12 @@ def mean_of_others(
     merged = []
     for seed in dict.fromkeys(record.spec["seed"] for record in records):
         parts = tuple(record for record in records if record.spec["seed"] == seed)
-        first, ids = parts[0], " ".join(record.id for record in parts)
+        first = parts[0]
+        ids = " ".join(record.id for record in parts)
         protocol = first.spec["protocols"][0]
         values = _mean_of_others(parts, [record.metrics[protocol]["per_class"] for record in parts])
-        spec, metrics = first.spec | {"label_classes": "others"}, {protocol: {"per_class": values}}
+        spec = first.spec | {"label_classes": "others"}
+        metrics = {protocol: {"per_class": values}}
         merged.append(MeanOfOthers(ids, spec, metrics, first.cost, first.provenance, parts=parts))
     return merged
 

@@ -107,7 +107,8 @@ def cost_points(
     protocol: str = "exact",         # whose numbers
 ) -> list:                           # of CostPoint, in the order of the arms
     "What `pareto` draws; raises `SpecError` as in `arms`, `cost_of` and `check_machines`."
-    table, points = summary(records, by, protocol, [metric]), []
+    table = summary(records, by, protocol, [metric])
+    points = []
     check_machines(records, cost)
     for arm, (_, row) in zip(arms(records, by), table.iterrows()):
         seeds = [cost_of(record, cost) for record in arm.records]
@@ -139,7 +140,8 @@ def _places(
 
 def _best_place(ax, places, taken):
     "The first place that covers none of the taken boxes, or else the fewest: (how many it covers, place)."
-    found, room = [], ax.bbox.padded(-4)
+    found = []
+    room = ax.bbox.padded(-4)
     for place in places:
         (x0, y0), (x1, y1) = place.box.get_points()
         inside = room.x0 <= x0 and x1 <= room.x1 and room.y0 <= y0 and y1 <= room.y1
@@ -165,7 +167,8 @@ def place_names(
     for point, name in sorted(zip(points, names), key=lambda pair: pair[1] not in bold):
         weight = "bold" if name in bold else "normal"
         text = ax.annotate(fill(name, 36), point, (0, 0), ha="left", va="bottom", weight=weight, **form)
-        at, size = ax.transData.transform(point), text.get_window_extent().size
+        at = ax.transData.transform(point)
+        size = text.get_window_extent().size
         covered, place = _best_place(ax, _places(at, size, pixels), taken)
         crowded += covered > 0
         text.set_position((place.box.p0 - at)/pixels)
@@ -329,7 +332,8 @@ def scores_of_classes(
 ) -> dict:     # {class: its rows of `record.scores()`}
     """The scores of the images of each class. `StoreError` where they were not kept, `SpecError` for an
     unknown class, `DataError` for a class without good or without anomalous images, and for nan scores."""
-    table, found = record.scores(), {}
+    table = record.scores()
+    found = {}
     for name in [cls] if isinstance(cls, str) else list(cls or dict.fromkeys(table.cls)):
         if name not in set(table.cls): raise unknown(f"class in record {record.id}", name, set(table.cls))
         rows = table[table.cls == name]
@@ -347,7 +351,8 @@ def _auroc(rows): return 100*image_metrics(rows.label, rows.score)["I-AUROC"]
 
 def _draw_scores(ax, name, rows, edges, auroc):
     "Draw the scores of a class or of all, good above and anomalous below; `auroc` is written beside them."
-    anomalous, palette = rows.label != 0, colours(["good", "anomalous"])
+    anomalous = rows.label != 0
+    palette = colours(["good", "anomalous"])
     for label, chosen, sign in (("good", ~anomalous, 1), ("anomalous", anomalous, -1)):
         counts, _ = np.histogram(rows.score[chosen], edges)
         ax.stairs(sign*counts/counts.sum(), edges, fill=True, color=palette[label], label=label)

@@ -15,7 +15,7 @@ from ..errors import SpecError, StoreError, unknown
 from .arms import Arm, arm_columns, arms, not_converged, split_batches
 from .captions import how_it_was_made, in_words, shared, warning
 from .plots import colours, style
-from .statistics import (SEED_DRAWS, Effect, Pair, Ranking, class_names, compare_pairs,
+from .statistics import (SEED_DRAWS, ArmPair, Effect, Ranking, class_names, compare_pairs,
                                             equivalent, friedman, joined, with_same_test)
 from .tables import page, write_table
 
@@ -35,7 +35,8 @@ def with_baseline(
     if column not in arm_columns(by): raise unknown("column of the baseline", column, arm_columns(by))
     grouped = arms(records, by)
     value = str(grouped[0].values[column] if value == "" else value)
-    baselines, compared = {}, []
+    baselines = {}
+    compared = []
     def others(arm): return tuple(part for name, part in arm.values.items() if name != column)
     for arm in grouped:
         if str(arm.values[column]) == value: baselines[others(arm)] = arm
@@ -48,13 +49,13 @@ def with_baseline(
 def pairs_of(
     compared,        # as of `with_baseline`
     classes_of=None, # function: Arm -> names of the classes to compare; None: all
-) -> dict:           # {name of the arm: Pair}
+) -> dict:           # {name of the arm: ArmPair}
     "The comparisons as `compare_pairs` takes them, without those that have no test or no class in common."
     pairs = {}
     for arm, baseline in compared:
         records, others = with_same_test(arm.records, baseline.records)
         classes = classes_of(arm) if classes_of else None
-        if records and others and classes != []: pairs[arm.name] = Pair(records, others, classes)
+        if records and others and classes != []: pairs[arm.name] = ArmPair(records, others, classes)
     return pairs
 
 def _has_values(pair, metric):
@@ -231,7 +232,8 @@ def printed_effects(
     margin: float|None=None,  # in points, chosen before the numbers are seen
 ) -> pd.DataFrame:            # of texts
     "The table as a page shows it; without the columns on p where the caption says that none can decide."
-    decidable, rows = table["can decide"].any(), []
+    decidable = table["can decide"].any()
+    rows = []
     for _, row in table.iterrows():
         texts = {"difference": _points(row["difference"])}
         if np.isfinite(row["low"]): texts |= _interval_in_words(row, margin)
@@ -250,7 +252,8 @@ def write_effects(
     margin: float|None=None,  # as in `printed_effects`
 ) -> str:                     # the page, in Markdown
     "Write the table as Markdown, CSV and LaTeX, or only its sentence where there is nothing to compare."
-    name, text = f"{name}_effects", table.attrs["caption"]
+    name = f"{name}_effects"
+    text = table.attrs["caption"]
     if len(table):
         printed = printed_effects(table, margin)
         write_table(folder, name, printed, text, numbers=table)
@@ -317,7 +320,9 @@ def critical_difference_diagram(
 ):                              # the Figure
     "Mean ranks, best left, with a bar over arms that cannot be told apart; `SpecError` for too few classes."
     check_enough_classes(ranking)
-    count, bars, width = len(ranking.ranks), joined(ranking), ranking.critical_difference
+    count = len(ranking.ranks)
+    bars = joined(ranking)
+    width = ranking.critical_difference
     ticks = range(1, count + 1, 1 + count//11)
     palette = palette or colours(ranking.ranks.index)
     with style() as plt:

@@ -143,10 +143,12 @@ def _image_grid(
     "A figure with `rows` x `columns` axes for images, and a flat row below them for scales."
     pitch = side + (TOP if titled else GAP)
     width, height = columns//named*LEFT + columns*(side + GAP), TOP + rows*pitch + BAR + BOTTOM
-    fig, axes = plt.figure(figsize=(width, height), layout="none"), np.empty((rows + 1, columns), object)
+    fig = plt.figure(figsize=(width, height), layout="none")
+    axes = np.empty((rows + 1, columns), object)
     for row, column in np.ndindex(axes.shape):
         tall = side if row < rows else BAR
-        left, low = (1 + column//named)*LEFT + column*(side + GAP), height - TOP - row*pitch - tall
+        left = (1 + column//named)*LEFT + column*(side + GAP)
+        low = height - TOP - row*pitch - tall
         ax = axes[row, column] = fig.add_axes([left/width, low/height, side/width, tall/height])
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)

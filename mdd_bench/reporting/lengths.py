@@ -93,7 +93,8 @@ def lengths_page(
     protocol: str = "exact",
 ) -> str:                     # Markdown
     "The caption, the table, and how it was made, folded; raises `SpecError` as `scores_by_length`, `arms`."
-    by, detectors = ["detector", "steps"], list(dict.fromkeys(record.spec["detector"] for record in records))
+    by = ["detector", "steps"]
+    detectors = list(dict.fromkeys(record.spec["detector"] for record in records))
     records = sorted(records, key=lambda record: record.spec["steps"] or 0)
     records = sorted(records, key=lambda record: detectors.index(record.spec["detector"]))
     about = [
@@ -129,7 +130,8 @@ def learning_curve(
 
 def _draw_lengths(ax, name, scores, colour):
     "Draw the curve of one detector, with its seeds and its converged length."
-    means, converged = scores.mean(axis=1), converged_steps(scores)
+    means = scores.mean(axis=1)
+    converged = converged_steps(scores)
     ax.plot(means.index, means, color=colour, label=name)
     for seed in scores: ax.plot(scores.index, scores[seed], ".", ms=3, color=colour)
     if converged: ax.plot(converged, means[converged], "o", ms=7, mfc="none", color=colour)

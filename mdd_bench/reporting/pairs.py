@@ -171,7 +171,8 @@ def _class_scores(record, metric, protocol):
 
 def _rows(name, pair, metric, protocol):
     "The scores of a pair, one dictionary for each half, seed and class."
-    place, rows = dict(zip(INDEX, name)), []
+    place = dict(zip(INDEX, name))
+    rows = []
     for half, records in zip(HALVES, (pair.heldout, pair.test)):
         for record in records:
             points = _class_scores(record, metric, protocol)

@@ -139,7 +139,8 @@ def bars(
     palette: dict|None = None,                        # {arm: colour}; None: `colours`
 ):                                                    # the Figure
     "Mean and deviation over seeds in percent; `SpecError` as in `arms`, and for values below `low`."
-    table, grouped = summary(records, by, protocol, metrics), arms(records, by)
+    table = summary(records, by, protocol, metrics)
+    grouped = arms(records, by)
     seeds = [_percent_of_seeds(arm.records, protocol, metrics) for arm in grouped]
     if any((values < low).any() for values in seeds):
         raise SpecError(f"the axis starts at {low:g}, above some of the values",

@@ -35,7 +35,9 @@ class Page:
         file,        # where the page will be written
     ):
         self.folder = Path(file).resolve().parent
-        self.anchors, self.entries, self.level = {"contents", "records"}, [], 0
+        self.anchors = {"contents", "records"}
+        self.entries = []
+        self.level = 0
 
     def anchor(self, *words: str) -> str:
         "A new anchor that is made of words."
@@ -199,7 +201,8 @@ def pieces_html(
     level: int,     # of the study's own heading
 ) -> Markup:
     "What a study has to show; raises `DataError` for a picture that cannot be read."
-    section, html = part.shown.title, []
+    section = part.shown.title
+    html = []
     origins = read_origins(part.study.path, part.anchors)
     for piece in part.shown.pieces:
         if isinstance(piece, Heading):
@@ -240,7 +243,8 @@ def class_tables(record) -> Markup:
     tables = []
     for protocol, scores in record.metrics.items():
         mean = scores.get("mean", {})
-        metrics, of_class = list(mean), {**scores.get("per_class", {}), "mean": mean}
+        metrics = list(mean)
+        of_class = {**scores.get("per_class", {}), "mean": mean}
         rows = [[cls, *[percent(values.get(metric, float("nan"))) for metric in metrics]]
                 for cls, values in of_class.items()]
         tables.append(table(Grid([f"protocol {protocol}", *metrics], rows, 1), f"{record.id}, {protocol}"))
@@ -295,7 +299,8 @@ def records_html(
     if not parts: return Markup("")
     html = [page.heading(2, "Records", "records"), Markup("<p>{}</p>\n").format(RECORDS)]
     for part in parts:
-        records, level = part.study.records, 3
+        records = part.study.records
+        level = 3
         if len(parts) > 1:
             html.append(page.heading(3, part.shown.title, page.anchor("records of", part.shown.title)))
             level = 4
@@ -368,7 +373,8 @@ def report(
     folder = Path(folder).expanduser()
     file = Path(out).expanduser() if out else folder/"report.html"
     if file.suffix != ".html": raise SpecError(f"--out {file}", "give a file that ends in .html")
-    html, part = report_html(folder, file), file.with_suffix(".part")
+    html = report_html(folder, file)
+    part = file.with_suffix(".part")
     make_folder(file.parent)
     try:
         part.write_text(html, encoding="utf-8", errors="replace", newline="\n")

@@ -92,8 +92,10 @@ def agreement_interval(
     check_one_detector(scores)
     if over not in OVER: raise unknown("what to draw", over, OVER)
     halves = [class_means(scores, half).to_numpy() for half in HALVES]
-    axis, rng = OVER.index(over), np.random.default_rng(0)
-    count, found = halves[0].shape[axis], []
+    axis = OVER.index(over)
+    rng = np.random.default_rng(0)
+    count = halves[0].shape[axis]
+    found = []
     for _ in range(draws):
         drawn = rng.integers(count, size=count)
         heldout, test = (values.take(drawn, axis).mean(1) for values in halves)
@@ -110,7 +112,9 @@ def across_seeds(
 ) -> float:
     "The mean rank correlation of one seed of a half with *another* seed of a half; nan without two seeds."
     check_one_detector(scores)
-    a, b, found = seed_means(scores, first), seed_means(scores, second), []
+    a = seed_means(scores, first)
+    b = seed_means(scores, second)
+    found = []
     for one, other in product(a, b):
         shared = pd.concat([a[one], b[other]], axis=1).dropna()
         if one != other and len(shared) >= LEAST: found.append(rank_correlation(*shared.to_numpy().T, kind))
@@ -279,7 +283,8 @@ def draw_selection(
 ):                              # the Figure
     "Test against held-out data, as scores and as ranks within each detector; a dot for each configuration."
     detectors = scores.index.unique("detector")
-    palette, marker_of = palette or colours(detectors), markers(detectors)
+    palette = palette or colours(detectors)
+    marker_of = markers(detectors)
     with style() as plt:
         fig, (left, right) = plt.subplots(1, 2, figsize=(5.6, 2.6))
         right.plot([0, 1], [0, 1], ":", color=".6", zorder=0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEED_DRAWS', 'check_same_test', 'class_names', 'class_values', 'resampled_values', 'Effect', 'with_same_test',
-           'check_same_seeds', 'effect', 'equivalent', 'SignedRank', 'signed_rank', 'holm', 'Pair', 'compare_pairs',
+           'check_same_seeds', 'effect', 'equivalent', 'SignedRank', 'signed_rank', 'holm', 'ArmPair', 'compare_pairs',
            'compare', 'Ranking', 'friedman', 'joined']
 
 # %% ../../nbs/reporting/62_statistics.ipynb #70852ba6
@@ -165,7 +165,8 @@ def _spread(a, b, tests_of_a, tests_of_b, same_seeds):
 # %% ../../nbs/reporting/62_statistics.ipynb #83a270f5
 def _tails(spread, level):
     "Both ends of the interval around 0; the quantiles are those of as many values as there are replicates."
-    replicates, tail = len(spread)//SEED_DRAWS, (1 - level)/2
+    replicates = len(spread)//SEED_DRAWS
+    tail = (1 - level)/2
     if (replicates + 1)*tail < 1:
         raise SpecError(f"{replicates} usable replicates are too few for an interval of {100*level:g}%",
                         f"at least {int(np.ceil(1/tail - 1e-9)) - 1} are needed: choose a lower level")
@@ -283,7 +284,7 @@ def holm(
     return corrected
 
 # %% ../../nbs/reporting/62_statistics.ipynb #b80166c2
-class Pair(NamedTuple):
+class ArmPair(NamedTuple):
     "An arm and the one that it is compared with."
     records: list          # of the arm, one for each seed
     baseline: list         # Records of the other
@@ -300,7 +301,7 @@ def _compared(pair, metric, level, intervals):
 
 # %% ../../nbs/reporting/62_statistics.ipynb #98e2b3ef
 def compare_pairs(
-    pairs: dict,             # name -> Pair
+    pairs: dict,             # name -> ArmPair
     metrics,                 # names
     level: float = .95,      # of the intervals
     intervals: bool = True,  # False: for records without replicates; `low` and `high` are nan
@@ -331,7 +332,8 @@ def compare(
 ) -> pd.DataFrame:       # as of `compare_pairs`
     "Every arm against the baseline; `SpecError` for an unknown one, other errors as in `effect`."
     if baseline not in arms: raise unknown("baseline", baseline, arms)
-    pairs = {name: Pair(of_arm, arms[baseline], classes) for name, of_arm in arms.items() if name != baseline}
+    others = {name: records for name, records in arms.items() if name != baseline}
+    pairs = {name: ArmPair(records, arms[baseline], classes) for name, records in others.items()}
     return compare_pairs(pairs, metrics, level)
 
 # %% ../../nbs/reporting/62_statistics.ipynb #f96aca90

@@ -112,7 +112,8 @@ def pooled(
 
     `SpecError` as in `arms` and for another protocol; `StoreError` where scores were not kept."""
     def numbers(record):
-        first, mean = record.spec["protocols"][0], scores_of(record, protocol)
+        first = record.spec["protocols"][0]
+        mean = scores_of(record, protocol)
         if protocol != first:
             raise SpecError(f"record {record.id} keeps the scores of protocol {first}, not of {protocol}",
                             f"give protocol={first!r}")

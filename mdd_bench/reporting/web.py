@@ -124,7 +124,8 @@ class Heading(NamedTuple):
 
 def _blocks(tokens):
     "Split a list of tokens into its paragraphs, headings, lists and tables."
-    block, depth = [], 0
+    block = []
+    depth = 0
     for token in tokens:
         block.append(token)
         depth += token.nesting
@@ -139,7 +140,8 @@ def _plain(token):
 # %% ../../nbs/reporting/64_web.ipynb #5f6e09f2
 def _grid(tokens):
     "The table in a block of tokens."
-    rows, texts = [], 0
+    rows = []
+    texts = 0
     for token in tokens:
         if token.type == "tr_open": rows.append([])
         if token.type == "inline": rows[-1].append(inline(token))
@@ -169,7 +171,8 @@ def read_markdown(
     href=no_links,  # function: target of a link as written -> target, or None for no link
 ) -> list:          # of Heading, Grid and Markup
     "The pieces of a text."
-    tokens, pieces = PARSER.parse(formulas_as_code(markdown)), []
+    tokens = PARSER.parse(formulas_as_code(markdown))
+    pieces = []
     _disarm(tokens)
     _set_links(tokens, href)
     for block in _blocks(tokens):

@@ -102,7 +102,8 @@ def dask_here(
 # %% ../../nbs/running/58e_cluster.ipynb #446ce935
 def package_hash() -> str:
     "12 hex digits of the hash of all source files of the package."
-    root, found = Path(mdd_bench.__file__).parent, hashlib.sha256()
+    root = Path(mdd_bench.__file__).parent
+    found = hashlib.sha256()
     for path in sorted(root.rglob("*.py")): found.update(path.read_bytes())
     return found.hexdigest()[:12]
 

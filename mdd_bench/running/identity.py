@@ -125,7 +125,8 @@ def load_backbone(spec: RunSpec, recipe: Recipe) -> Backbone:
 def build_ahead(spec: RunSpec):
     "Build the backbone of a spec for the copies of this process; not for a detector in a user's file."
     if ":" in spec.detector: return
-    recipe, threads = detector_class(spec.detector).recipe, torch.get_num_threads()
+    recipe = detector_class(spec.detector).recipe
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try: load_backbone(spec, recipe)
     finally: torch.set_num_threads(threads)
@@ -197,7 +198,8 @@ def own_recipe(
 ) -> Recipe:
     "The recipe of a run, with the spec's length of training and batch; raises `SpecError` as `steps_asked`."
     batch = recipe.batch if spec.batch is None else spec.batch
-    epochs, steps = epochs_of(recipe, spec.epochs), steps_asked(spec, recipe)
+    epochs = epochs_of(recipe, spec.epochs)
+    steps = steps_asked(spec, recipe)
     return replace(recipe, epochs=epochs, steps=steps, batch=batch)
 
 def check_labels(spec: RunSpec, dataset: Dataset, needs: frozenset):
@@ -213,7 +215,8 @@ def resolve(
     opened: dict | None = None,  # datasets that were read for other specs (`opened_dataset`)
 ) -> Resolved:
     "Read the data and build the backbone of a spec; raises an `MddBenchError` for an impossible one."
-    options, cls = full_options(spec.detector, spec.options), detector_class(spec.detector)
+    options = full_options(spec.detector, spec.options)
+    cls = detector_class(spec.detector)
     for name in spec.protocols: get_protocol(name)
     dataset = load_dataset(spec, opened)
     backbone = load_backbone(spec, cls.recipe)

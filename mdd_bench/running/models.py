@@ -22,7 +22,8 @@ from .training import load_training_data, seed_all, total_steps, train
 # %% ../../nbs/running/57a_models.ipynb #f1b7c805
 def make_detector(plan: ModelPlan, runtime: Runtime):
     "The untrained detector of a model, on the runtime's device; its weights are drawn from the seed."
-    resolved, classes = plan.resolved, len(plan.dataset.classes)
+    resolved = plan.resolved
+    classes = len(plan.dataset.classes)
     resolved.backbone.to(runtime.device)
     seed_all(resolved.spec.seed)
     detector = create_detector(resolved.spec.detector, resolved.backbone, classes, **resolved.options)
@@ -38,7 +39,8 @@ class Fitted:
 # %% ../../nbs/running/57a_models.ipynb #d76f7965
 def length_facts(plan: ModelPlan) -> dict:
     "How many optimizer steps the training of a model has, and how many its method needs to converge."
-    recipe, images = plan.resolved.recipe, len(plan.dataset.catalog.part(split="train"))
+    recipe = plan.resolved.recipe
+    images = len(plan.dataset.catalog.part(split="train"))
     return dict(steps=total_steps(recipe, images), converged_steps=recipe.converged)
 
 def split_facts(**parts: int) -> dict:
@@ -51,7 +53,8 @@ def load_fitted(
     model: Path,      # a kept model
 ) -> Fitted:
     "The detector of a model from a kept file, with the cost of its training; raises as `load_model`."
-    detector, record = make_detector(plan, runtime), read_record(model.parent)
+    detector = make_detector(plan, runtime)
+    record = read_record(model.parent)
     load_model(detector, model, plan.prefix)
     cost = {name: record.cost[name] for name in ("prepare_s", "train_s", "features")}
     trained = record.provenance if plan.is_only else record.provenance["models"][plan.dataset.classes[0]]
@@ -117,7 +120,8 @@ def test_model(
     keep: bool,            # whether the weights are to be kept
 ) -> ModelOutcome:
     "Test all classes of a fitted model, and measure its cost."
-    detector, start = fitted.detector, time.perf_counter()
+    detector = fitted.detector
+    start = time.perf_counter()
     outcomes = evaluate_classes(detector, plan, protocols, runtime)
     seconds = time.perf_counter() - start
     calibration = calibration_scores(detector, plan, protocols[0], runtime)

@@ -73,7 +73,8 @@ def manager_of(
 
     class Provisioner(LocalProvisioner):
         async def launch_kernel(self, cmd, **kwargs):
-            self.process, self.pid = kernel, kernel.pid
+            self.process = kernel
+            self.pid = kernel.pid
             kernel.begin(self.parent.connection_file)
             return self.connection_info
 

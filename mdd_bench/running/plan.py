@@ -78,7 +78,8 @@ def read_plan(
     file,   # of YAML
 ) -> list[Entry]:
     "The entries of a plan; raises `SpecError` for what is none, and for a folder that is named twice."
-    file, entries = Path(file).expanduser(), {}
+    file = Path(file).expanduser()
+    entries = {}
     content = read_yaml(file)
     if not (isinstance(content, list) and content):
         remedy = "begin each with '- study:'; one study: mdd_bench sweep"
@@ -154,7 +155,8 @@ def plan_entry(
     settings: dict,         # device, workers, cache_gb
 ) -> PlannedEntry:
     "What is left to do for an entry; raises an `MddBenchError` that names it for an impossible run."
-    study, folder = study_of(entry), results/entry.out
+    study = study_of(entry)
+    folder = results/entry.out
     elsewhere = [results/other.out for other in entries if other.out != entry.out]
     planned = PlannedEntry(entry, study, folder, elsewhere, [], executed=is_executed(study, folder))
     if not planned.executed: planned.left_out = reason_to_leave_out(entry, study, plain)
@@ -183,7 +185,8 @@ def plan_entries(
     settings: dict,         # device, workers, cache_gb
 ) -> list[PlannedEntry]:
     "What is left to do for each entry that is asked for; raises as `chosen_entries` and `plan_entry`."
-    results, chosen = Path(results).expanduser(), chosen_entries(entries, only)
+    results = Path(results).expanduser()
+    chosen = chosen_entries(entries, only)
     planned = [plan_entry(entry, entries, results, plain, settings) for entry in chosen]
     share_runs(planned)
     return planned

@@ -131,7 +131,8 @@ def serve(
         try: importlib.import_module(name)
         except Exception: pass      # whoever needs it will say so
     gc.collect()
-    connection, lifeline = Connection(fd), os.pipe()
+    connection = Connection(fd)
+    lifeline = os.pipe()
     try:
         while True: answer(connection, lifeline)
     except (EOFError, ConnectionError): os._exit(0)     # at once, not tidying up: the children wait for it
@@ -146,7 +147,10 @@ class Child:
         output,           # an open file with what it prints
         exit_code_of,     # a function that asks whether it has ended
     ):
-        self.pid, self.output, self.exit_code_of, self.returncode = pid, output, exit_code_of, None
+        self.pid = pid
+        self.output = output
+        self.exit_code_of = exit_code_of
+        self.returncode = None
 
     def poll(self) -> int | None:
         "Its exit code, or None while it works."
@@ -187,7 +191,9 @@ class ImportedProcess:
         modules: list[str] = PRELOADED,   # imported once
     ):
         self.modules = modules
-        self.lock, self.process, self.connection = threading.Lock(), None, None
+        self.lock = threading.Lock()
+        self.process = None
+        self.connection = None
 
     def open(self):
         "Start the process; raises `SpecError` on a system that has no fork."

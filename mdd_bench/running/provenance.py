@@ -55,7 +55,8 @@ def label_summary(resolved: Resolved) -> dict:
     It has the hashes of the draw, how many images of each class were labelled, and which kinds of defects
     were labelled or held out.
     """
-    manifest, table = resolved.dataset.manifest, resolved.dataset.catalog.table
+    manifest = resolved.dataset.manifest
+    table = resolved.dataset.catalog.table
     if not manifest: return {}
     images = table[table.split == "labelled"].groupby("cls").size()
     taken = table[table.split.isin(["labelled", "held out"])]
@@ -68,7 +69,8 @@ def provenance(
     resolved: Resolved,
 ) -> dict:
     "The circumstances of a run: seed, versions, threads, hashes, and what was altered on the way."
-    dataset, table = resolved.dataset, resolved.dataset.catalog.table
+    dataset = resolved.dataset
+    table = resolved.dataset.catalog.table
     return dict(
         seed=resolved.spec.seed,
         git_commit=git_commit(),

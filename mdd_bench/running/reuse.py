@@ -32,7 +32,8 @@ def add_protocols(
     for plan in model_plans(resolved):
         fitted = load_fitted(plan, runtime, model)
         outcomes |= evaluate_classes(fitted.detector, plan, [first, *missing], runtime)
-    old, new = record.scores(), pd.concat([o.scores for o in outcomes.values()])
+    old = record.scores()
+    new = pd.concat([o.scores for o in outcomes.values()])
     if old.path.tolist() != new.path.tolist() or not np.allclose(old.score, new.score, rtol=1e-3, atol=1e-5):
         problem = f"the model kept in {model.parent} does not give the scores of its record"
         raise StoreError(problem, "delete the folder and run the spec again")
@@ -57,7 +58,8 @@ def predict_maps(
     runtime: Runtime | None = None,  # None: the defaults
 ):                                   # yields ClassMaps
     "Yields the maps of all test images, class by class; raises `StoreError` where no model was kept."
-    runtime, resolved = runtime or Runtime(), resolve(spec)
+    runtime = runtime or Runtime()
+    resolved = resolve(spec)
     model = find_model(Store(out), resolved.run_id, resolved.training_id)
     if model is None:
         raise StoreError(f"no model of run {resolved.run_id} is kept below {out}", "run it with --keep-model")

@@ -63,7 +63,8 @@ def fit_and_test(
     keep_model: bool,     # whether the trained weights are to be kept
 ) -> Record:
     "Fit and test all models of a run, and write its files; returns the record, which is not written yet."
-    started, models = utc_now(), []
+    started = utc_now()
+    models = []
     for plan in model_plans(resolved):
         fitted = load_fitted(plan, runtime, model) if model else fit(plan, runtime, folder)
         models.append(test_model(plan, fitted, resolved.spec.protocols, runtime, keep_model and not model))

@@ -39,7 +39,8 @@ class ProgressFile:
         folder: Path,      # of the run
         then=no_progress,  # a function that is called with (stage, done, total) every time
     ):
-        self.path, self.then = folder/"progress", then
+        self.path = folder/"progress"
+        self.then = then
         self.written = 0.
 
     def __call__(self, stage: str, done: int, total: int):

@@ -223,7 +223,8 @@ def quarantine(
     problem: str,   # that it has
 ):
     "Move a damaged record to `runs/.damaged`, with a warning, and give its run an empty folder."
-    kept, folder = store.runs/".damaged", store.folder(id)
+    kept = store.runs/".damaged"
+    folder = store.folder(id)
     make_folder(kept)
     target = kept/f"{id}-{uuid.uuid4().hex[:8]}"
     folder.rename(target)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..detectors.detector import full_options, list_detectors
 from ..errors import MddBenchError, SpecError
 from .cluster import Crew, dask_at, dask_here, places_here, threads
-from .forecast import Forecast, earlier_records, in_words, steps_of
+from .forecast import Forecast, duration, earlier_records, steps_of
 from .identity import Resolved, resolve
 from .job import (
     NOTEBOOK, Failure, Job, finish, make_record, serves, unwanted, write_failure)
@@ -29,8 +29,9 @@ from .locks import Lock
 from .processes import warm_process
 from .runtime import BAR, failure_reason, read_progress
 from .store import MODEL, Record, Store, copy_record, find_damage, make_folder
-from .study import SETTINGS, NamedSpec, Study, detector_name, given, load_study, note_arm
-from .study import notebook_parameters, study_notebook
+from mdd_bench.running.study import (
+    RUNTIME_OPTIONS, NamedSpec, Study, detector_name, given, load_study, note_arm, notebook_parameters,
+    study_notebook)
 
 # %% ../../nbs/running/59_sweep.ipynb #41c4be6c
 def run_label(
@@ -91,7 +92,8 @@ def record_elsewhere(
     for store in map(Store, folders):
         folder = store.folder(job.run_id)
         if not store.has(job.run_id) or find_damage(folder): continue
-        model, pictures = (folder/MODEL).is_file(), (folder/"samples.npz").is_file()
+        model = (folder/MODEL).is_file()
+        pictures = (folder/"samples.npz").is_file()
         if serves(store.load(job.run_id).metrics, model, pictures, job): return folder
     return None
 
@@ -117,7 +119,9 @@ def plan_sweep(
     pictures: bool = True,  # whether copies must have what shows test images; if not, they leave it out
 ) -> list[Planned]:
     "All runs of a study, each once; raises an `MddBenchError` for one that cannot be."
-    named, planned, out = study.named_specs(), {}, Path(out).absolute()
+    named = study.named_specs()
+    planned = {}
+    out = Path(out).absolute()
     check_sweep(study, named, plain)
     names, opened = {}, {}
     for n in tqdm(named, desc="reading the data", file=sys.stderr, disable=None, leave=False):
@@ -125,7 +129,8 @@ def plan_sweep(
         note_arm(names, resolved.run_id, n.arm)
         label = run_label(study, n)
         job = Job(n.spec, resolved.run_id, resolved.training_id, label, str(out), plain, settings, pictures)
-        done, source = job.is_done(), record_elsewhere(job, elsewhere)
+        done = job.is_done()
+        source = record_elsewhere(job, elsewhere)
         planned[job.run_id] = Planned(job, resolved, done, steps_of(resolved), None, source)
     expect(list(planned.values()), Forecast(earlier_records(out, *elsewhere)))
     return list(planned.values())
@@ -158,13 +163,13 @@ def time_in_words(
 ) -> str:
     "How long missing runs will take, to be added to a sentence; empty where none is missing."
     unknown = sum(p.seconds is None for p in missing)
-    told = f": about {in_words(seconds)} with {at_once} at once" if unknown < len(missing) else ""
+    told = f": about {duration(seconds)} with {at_once} at once" if unknown < len(missing) else ""
     return told + (f", {unknown} of unknown length" if unknown else "")
 
 def state_of(planned: Planned) -> str:
     "A run in a word: done, copied, or how long it will take."
     if planned.done: return "done"
-    return "copied" if planned.source else in_words(planned.seconds)
+    return "copied" if planned.source else duration(planned.seconds)
 
 # %% ../../nbs/running/59_sweep.ipynb #da19fe5d
 def describe_plan(
@@ -319,7 +324,8 @@ class Settler(Starter):
     def settle(self, future: Future, run: Underway):
         "Note how a run has ended, and put what is left of its group back in line."
         run.lock.release()
-        failure, run_id = outcome_of(future, run.first.job), run.first.job.run_id
+        failure = outcome_of(future, run.first.job)
+        run_id = run.first.job.run_id
         if failure and not failure.final and run_id not in self.tried:
             self.tried.add(run_id)
             self.progress.say(run.first, f"failed, and will be tried again ({failure.reason})")
@@ -332,7 +338,8 @@ class Queue(Settler):
     "Hands runs to a crew until none is left."
     def fill_places(self):
         "Start a run in each free place, as long as there are any that can be started."
-        places, used = self.crew.places(), {run.place for run in self.running.values()}
+        places = self.crew.places()
+        used = {run.place for run in self.running.values()}
         for number, environment in enumerate(places):
             if number not in used and not self.start_one(number, environment): return
 
@@ -402,7 +409,8 @@ def copy_records(planned: list[Planned]):
     for p in planned:
         if not p.source: continue
         copy_record(p.source, p.job.store, unwanted(p.job))
-        p.done, p.source = p.job.is_done(), None
+        p.done = p.job.is_done()
+        p.source = None
 
 # %% ../../nbs/running/59_sweep.ipynb #299e0b00
 def sweep(
@@ -428,7 +436,8 @@ def sweep(
     settings = dict(device=device or None, workers=workers, cache_gb=cache_gb, keep_model=keep_model)
     planned = plan_sweep(study, out, plain, settings, elsewhere, pictures)
     copy_records(planned)
-    missing, failures = missing_runs(planned), []
+    missing = missing_runs(planned)
+    failures = []
     if missing: failures = make_missing(missing, out, crew_for(scheduler, plain, device, jobs, missing, out))
     return Swept(study, out, records_of(planned), failures)
 
@@ -452,7 +461,8 @@ def found(study: Study, out) -> Swept:
     out = Path(out)
     settings = dict(device=None, workers=0, cache_gb=0, keep_model=False)
     planned = plan_sweep(study, out, False, settings)
-    records, failures = records_of(planned), []
+    records = records_of(planned)
+    failures = []
     made = {record.id for record in records}
     for job in (p.job for p in planned if p.job.run_id not in made):
         has_log = job.log.is_file()
@@ -468,7 +478,7 @@ def sweep_notebook(
     "Sweep a study with the parameters of its notebook, which calls this; failures are printed."
     study = load_study(name)
     study = load_study(name, **given(study, namespace))
-    settings = {k: namespace[k] for k in SETTINGS}
+    settings = {k: namespace[k] for k in RUNTIME_OPTIONS}
     out = settings.pop("out") or tempfile.mkdtemp()
     swept = found(study, out) if os.environ.get(SWEPT) else sweep(study, out, **settings)
     for f in swept.failures: print(f"FAILED {f.spec.detector}, seed {f.spec.seed}: {f.reason}")

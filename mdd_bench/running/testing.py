@@ -81,7 +81,8 @@ def predictions(
     cache: FeatureCache | None = None,  # of the features of these images
 ):                                      # yields BatchPrediction
     "Yields the predictions for test images, in the order of the images."
-    done, at_once = 0, AtOnce(min(batch, len(images)))
+    done = 0
+    at_once = AtOnce(min(batch, len(images)))
     for b in feed(detector, images, batch, runtime, cache):
         maps, scores, extra = predict_batch(detector, b["features"], images.size, at_once)
         index = list(range(done, done + len(maps)))
@@ -175,7 +176,9 @@ def evaluation_mode(
 class ClassCounts:
     "Counts the maps of one class under some protocols."
     def __init__(self, plan: ModelPlan, cls: str, protocols: list[str]):
-        self.plan, self.cls, self.framing = plan, cls, framing_of(plan.resolved.spec)
+        self.plan = plan
+        self.cls = cls
+        self.framing = framing_of(plan.resolved.spec)
         self.table = plan.dataset.catalog.part(cls=cls, split="test")
         self.defective = (self.table.kind != "good").to_numpy()
         self.located = ~has_no_mask(self.table).to_numpy()
@@ -200,7 +203,8 @@ class ClassTest(ClassCounts):
     ):
         super().__init__(plan, cls, protocols)
         self.keeper, self.replicates, self.replicates_s = SampleKeeper(self.table), Replicates(), 0.
-        self.order, self.extra = [], {}
+        self.order = []
+        self.extra = {}
 
     def update(self, batch: BatchPrediction):
         "Add the predictions for a batch of images."
@@ -234,7 +238,8 @@ def square_masks(root: Path, table: pd.DataFrame, framing: Framing, protocol) ->
 
 def collect_samples(test: ClassTest) -> Samples:
     "The samples of a tested class, with thumbnails, and with masks at the size of the maps."
-    root, framing = test.plan.dataset.catalog.root, framing_of(test.plan.resolved.spec)
+    root = test.plan.dataset.catalog.root
+    framing = framing_of(test.plan.resolved.spec)
     small = replace(framing, size=min(framing.size, THUMBNAIL))
     protocol = next(iter(test.evaluators.values())).protocol
     reasons, rows = zip(*test.keeper.choices())
@@ -264,7 +269,8 @@ def evaluate_class(
     runtime: Runtime,
 ) -> ClassOutcome:
     "Test one class under some protocols; raises `DataError` for a mask that cannot be used."
-    test, parts = ClassTest(plan, cls, protocols), 1
+    test = ClassTest(plan, cls, protocols)
+    parts = 1
     for batch in predict_class(detector, plan, class_images(plan, cls), runtime):
         test.update(batch)
         parts = max(parts, batch.parts)
@@ -285,7 +291,8 @@ def evaluate_classes(
     runtime: Runtime,
 ) -> dict[str, ClassOutcome]:
     "Test all classes of a model; returns an outcome for each."
-    outcomes, classes = {}, plan.dataset.classes
+    outcomes = {}
+    classes = plan.dataset.classes
     for i, cls in enumerate(classes):
         runtime.progress("test", i, len(classes))
         outcomes[cls] = evaluate_class(detector, plan, cls, protocols, runtime)
@@ -343,7 +350,8 @@ def calibration_scores(
     runtime: Runtime,
 ) -> pd.DataFrame:  # path, cls, score; empty where no images were set aside
     "The image scores of the calibration images of a model's classes."
-    root, framing = plan.dataset.catalog.root, framing_of(plan.resolved.spec)
+    root = plan.dataset.catalog.root
+    framing = framing_of(plan.resolved.spec)
     tables = []
     for cls in plan.dataset.classes:
         table = plan.dataset.catalog.part(cls=cls, split="calibration")

@@ -160,7 +160,8 @@ def feed(
 ):                                      # yields dicts
     "Yields batches with what `detector.needs` asks for: features, and where wanted image, pairs, cls."
     pairs = "pairs" in detector.needs and epoch is not None
-    images, at_once = copy(images), at_once or AtOnce(batch)
+    images = copy(images)
+    at_once = at_once or AtOnce(batch)
     if not pairs: images.defects = None
     images.images = cache is None or not cache.complete or pairs or "image" in detector.needs
     loaded = loaded_batches(images, cache, batch, seed, epoch, runtime.workers, runtime.device)
@@ -186,8 +187,10 @@ def cached_features(
 ) -> FeatureCache | None:
     "The stored clean features of these images, possibly of some only; None where nothing can be stored."
     clean = copy(images)
-    clean.images, clean.defects = True, None
-    how, names = astuple(images.framing), short_hash(list(images.paths))
+    clean.images = True
+    clean.defects = None
+    how = astuple(images.framing)
+    names = short_hash(list(images.paths))
     identity = f"{fingerprint} {how} pillow {PIL.__version__} {names}"
     about = dict(data=images.root.name, size=images.size)
     def make(): return batches(clean, batch, workers=runtime.workers)
@@ -253,7 +256,9 @@ def labelled_anomalies(
     runtime: Runtime,
 ) -> LabelledAnomalies | None:
     "The labelled anomalies of a model's classes, or None where there are none."
-    catalog, batch, spec = plan.dataset.catalog, plan.resolved.recipe.batch, plan.resolved.spec
+    catalog = plan.dataset.catalog
+    batch = plan.resolved.recipe.batch
+    spec = plan.resolved.spec
     turns = TURNS if "turned" in detector.needs else 1
     table = catalog.part(split="labelled")
     images = ImageDataset(catalog.root, table, framing_of(spec), catalog.classes, masks=True, turns=turns)
@@ -268,7 +273,9 @@ def load_training_data(
     runtime: Runtime,
 ) -> TrainingData:
     "What one model of a run trains on."
-    catalog, spec, batch = plan.dataset.catalog, plan.resolved.spec, plan.resolved.recipe.batch
+    catalog = plan.dataset.catalog
+    spec = plan.resolved.spec
+    batch = plan.resolved.recipe.batch
     images = ImageDataset(catalog.root, catalog.part(split="train"), framing_of(spec), catalog.classes)
     labelled = labelled_anomalies(detector, plan, runtime)
     cache = cached_features(detector.backbone, images, plan.dataset.fingerprint, batch, runtime)
@@ -356,7 +363,8 @@ def add_gradients(
     at_once: int,    # images, at most
 ) -> dict:           # the loss terms of the batch, still on the device
     "Add the gradients of a batch to those that are there, part by part."
-    parts, total = cut_batch(batch, at_once), {}
+    parts = cut_batch(batch, at_once)
+    total = {}
     device = batch["features"][0].device.type
     for part in parts:
         share = len(part["features"][0])/len(batch["features"][0])
@@ -374,7 +382,8 @@ class StateBefore:
     "What a try of a step may change before it fails: random states and small buffers."
     def __init__(self, detector):
         self.device = next(detector.parameters()).device
-        self.random, self.cuda = torch.get_rng_state(), None
+        self.random = torch.get_rng_state()
+        self.cuda = None
         on_gpu = self.device.type == "cuda" and torch.cuda.is_initialized()     # a test only pretends one
         if on_gpu: self.cuda = torch.cuda.get_rng_state(self.device)
         self.buffers = [(b, b.clone()) for b in detector.buffers() if b.numel() <= SMALL]
@@ -396,7 +405,8 @@ def train_step(
     at_once: AtOnce | None = None,  # None: begin with the whole batch
 ) -> dict:                          # the loss terms, still on the device
     "One optimizer step, with gradients accumulated over parts of the batch where memory does not hold it."
-    images, before = len(batch["features"][0]), StateBefore(detector)
+    images = len(batch["features"][0])
+    before = StateBefore(detector)
     def gradients(number):
         optimizer.zero_grad(set_to_none=True)
         return add_gradients(detector, batch, precision, number)
@@ -427,7 +437,8 @@ class LossTerms:
     def __init__(self,
         record,    # a function that is called with (epoch, step, {term: float}), in order
     ):
-        self.record, self.waiting = record, []
+        self.record = record
+        self.waiting = []
 
     def add(self, epoch: int, step: int, terms: dict):
         "Add the terms of one step, scalar tensors; raises `TrainingError` as `fetch` does."
@@ -436,7 +447,8 @@ class LossTerms:
 
     def fetch(self):
         "Pass on what is waiting; raises `TrainingError` for the first term that is not finite."
-        waiting, self.waiting = self.waiting, []
+        waiting = self.waiting
+        self.waiting = []
         tensors = [term.float() for _, _, terms in waiting for term in terms.values()]
         values = iter(torch.stack(tensors).tolist() if tensors else [])
         for epoch, step, terms in waiting:
@@ -465,7 +477,8 @@ def save_sealed(path: Path, content: dict):
 
 def is_sealed(path: Path) -> bool:
     "Whether a file ends with the hash of what is before."
-    hash, left = hashlib.sha256(), path.stat().st_size - hashlib.sha256().digest_size
+    hash = hashlib.sha256()
+    left = path.stat().st_size - hashlib.sha256().digest_size
     with path.open("rb") as file:
         while left > 0 and (block := file.read(min(left, 2**22))):
             hash.update(block)
@@ -610,7 +623,8 @@ def train_epoch(
 ):
     "Take the steps of one epoch that are left; raises `TrainingError` (`check_finite`)."
     at_once = at_once or AtOnce(recipe.batch)
-    total, first = total_steps(recipe, len(data.images)), epoch*steps_of_pass(len(data.images), recipe.batch)
+    total = total_steps(recipe, len(data.images))
+    first = epoch*steps_of_pass(len(data.images), recipe.batch)
     anomalies = data.labelled.random_batches(recipe.batch, seed, epoch) if data.labelled else None
     fed = feed(detector, data.images, recipe.batch, runtime, data.cache, seed, epoch, at_once)
     for step, batch in zip(range(first, total), fed):
@@ -632,7 +646,8 @@ def history_writer(
 def train_epochs(
         detector, data, recipe, runtime, clean, *, seed, precision, folder, training, save_every, save_last):
     "Run the epochs of `train`, whose arguments these are (`clean`: the hooks' batches); returns an `AtOnce`."
-    optimizer, at_once = make_optimizer(detector, recipe), AtOnce(min(recipe.batch, len(data.images)))
+    optimizer = make_optimizer(detector, recipe)
+    at_once = AtOnce(min(recipe.batch, len(data.images)))
     done = 0
     if folder: done = load_checkpoint(folder/"checkpoint.pt", detector, optimizer, at_once, training)
     losses = LossTerms(history_writer(folder, done))
