@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mdd_bench.detectors.detector import list_detectors
 from mdd_bench.errors import DataError, SpecError, StoreError
 from mdd_bench.reporting.arms import arms, comparable, settings
 from mdd_bench.reporting.captions import cost_caption, how_it_was_made
 from mdd_bench.reporting.formats import marks
 from mdd_bench.reporting.heatmaps import (chosen_samples, heatmap_grid, misjudged, shared_scale,
                                           spread_over_classes, worst_grid)
-from mdd_bench.reporting.plots import bars, colours, curve, loss_curves, save, transfer_map
+from mdd_bench.reporting.plots import (OWN_PLACES, bars, colours, curve, loss_curves, places, save,
+                                       transfer_map)
 from mdd_bench.reporting.tables import (TABLE_METRICS, caption, costs, page, per_class, scores_frame,
                                         seen_and_unseen, summary, to_markdown, transfer, write_table)
 
@@ -1012,6 +1014,22 @@ def test_scale_of_a_constant_map_and_of_an_outlier():
 def test_colours_are_stable_and_distinct():
     assert colours("abc") == colours(list("abc"))
     assert len(set(colours(range(12)).values())) == 12
+
+
+def test_a_detector_has_its_colour_in_every_figure():
+    "Alone, after others, beside arms that are no detectors, and in any order."
+    own = colours(["mddnet"])["mddnet"]
+    for names in (["patchcore", "mddnet"], ["uniad", "mddnet", "dmad"], ["a", "b", "c", "d", "mddnet"]):
+        found = colours(names)
+        assert found["mddnet"] == own and len(set(found.values())) == len(names)
+    assert places(["a", "mddnet", "b", "c"]) == dict(a=0, mddnet=2, b=1, c=3)
+    assert set(OWN_PLACES) <= set(list_detectors())
+
+
+def test_ten_arms_have_ten_colours_whatever_detectors_are_among_them():
+    for names in ([*OWN_PLACES, "a", "b", "c"], ["a", "b", "c", *OWN_PLACES], ["uniad", *"abcdefghi"]):
+        found = colours(names)
+        assert len(set(found.values())) == 10 and list(found) == names
 
 
 def test_save_keeps_below_the_limit_where_it_can(tmp_path):

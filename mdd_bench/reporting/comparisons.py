@@ -15,18 +15,17 @@ import numpy as np
 import pandas as pd
 from ..errors import DataError, SpecError, unknown
 from .arms import arms, less_is_better, measured_on, scores_of
-from .plots import colours, legend_beside, style
+from .plots import colours, legend_beside, places, style
 from .tables import image_metrics, per_class, summary
 
 # %% ../../nbs/reporting/63b_comparisons.ipynb #8c13bd69
 MARKERS = "osD^vPX<>d"
 
 def markers(
-    names,    # of the arms, in order; figures that share a palette share its names
+    names,    # of the arms, in order
 ) -> dict:    # {name: marker}
     "Return a marker per arm, which tells arms apart without colours; they repeat from the eleventh arm on."
-    names = list(dict.fromkeys(names))
-    return {name: MARKERS[number % len(MARKERS)] for number, name in enumerate(names)}
+    return {name: MARKERS[place % len(MARKERS)] for name, place in places(names).items()}
 
 # %% ../../nbs/reporting/63b_comparisons.ipynb #563aa4a8
 COSTS = {    # {key of a record's cost: (its name on an axis, how many of the record's units make one there)}
