@@ -138,7 +138,7 @@ def test_bytes_are_percent_saved():
     records = [record("x", 0, [1]*3, size=200*2**20), record("y", 0, [1]*3, size=50*2**20)]
     row = ledger([Claim(**GOOD | dict(metric="bytes"))], records).iloc[0]
     assert row.gain == row.low == row.high == 75 and row.verdict == "held"
-    assert "| 50.0 MB against 200.0 MB |" in ledger_markdown(row.to_frame().T)
+    assert "| 50.0 MiB against 200.0 MiB |" in ledger_markdown(row.to_frame().T)
 
 
 def test_an_arm_that_mixes_settings_is_refused():

@@ -430,7 +430,7 @@ def score_patches(
     detector,  # DMAD
     patches,   # [N, D]
 ):             # [N], high = anomalous
-    "Score patches in chunks; the rows that a chunk finds in a bank fit into 64 MB."
+    "Score patches in chunks; the rows that a chunk finds in a bank fit into 64 MiB."
     scores = []
     for chunk in patches.split(max(1, 2**24//(detector.neighbours*patches.shape[1]))):
         distance, first, second = score_parts(detector, chunk)

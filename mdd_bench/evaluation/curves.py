@@ -91,7 +91,7 @@ def rising(
     return keys
 
 # %% ../../nbs/evaluation/38_curves.ipynb #68cf6fc2
-RUN = 2**22     # keys that are sorted together, 16 MB
+RUN = 2**22     # keys that are sorted together, 16 MiB
 
 class Keys:
     "The keys of one group of pixels, four bytes each: parts as they came, and sorted runs (ours)."

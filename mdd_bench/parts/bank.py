@@ -194,7 +194,7 @@ def nearest(
     k: int = 1,   # neighbours, at most M
     owners=None,  # ([N], [M]) owner of each row; no owner finds its own rows; None: all rows are found
 ) -> Neighbours:
-    "Find the exact nearest neighbours by brute force, in blocks of 2^24 distances (64 MB)."
+    "Find the exact nearest neighbours by brute force, in blocks of 2^24 distances (64 MiB)."
     norm = bank.square().sum(1)
     at_once = max(1, 2**24//len(bank))
     blocks = []

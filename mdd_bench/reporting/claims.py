@@ -171,13 +171,13 @@ def _points_gained(arm, against, claim):
     if less_is_better(claim.metric): return -found.difference, -found.high, -found.low
     return found.difference, found.low, found.high
 
-def _megabytes(records):
+def _mebibytes(records):
     "What each of the records keeps for the test."
     return [record.cost["bytes_test_without_backbone"]/2**20 for record in records]
 
 def _percent_saved(arm, against):
     "How much less is kept for the test, in percent: the mean over seeds, and both ends."
-    saved = 100*(1 - np.array(_megabytes(arm))/np.mean(_megabytes(against)))
+    saved = 100*(1 - np.array(_mebibytes(arm))/np.mean(_mebibytes(against)))
     return float(saved.mean()), float(saved.min()), float(saved.max())
 
 def verdict(
@@ -225,7 +225,7 @@ def _row(claim, records):
     ids = [" ".join(record.id for record in part) for part in (arm, against)]
     row |= dict(zip(("gain", "low", "high"), gained), seeds=min(len(arm), len(against)))
     if claim.metric == "bytes":
-        row["sizes"] = " against ".join(f"{np.mean(_megabytes(part)):.1f} MB" for part in (arm, against))
+        row["sizes"] = " against ".join(f"{np.mean(_mebibytes(part)):.1f} MiB" for part in (arm, against))
     return row | dict(verdict=verdict(*gained[1:], claim.at_least), records=ids[0], against=ids[1])
 
 # %% ../../nbs/reporting/65_claims.ipynb #9b0b7abf

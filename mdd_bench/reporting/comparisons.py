@@ -35,9 +35,9 @@ COSTS = {    # {key of a record's cost: (its name on an axis, how many of the re
     "train_s": ("training, s", 1),
     "test_s": ("test, s", 1),
     "parameters_trained": ("parameters trained, M", 1e6),
-    "bytes_test": ("needed at test with the backbone, MB", 2**20),
-    "bytes_test_without_backbone": ("needed at test beside the backbone, MB", 2**20),
-    "peak_memory_mb": ("peak memory, MB", 1),
+    "bytes_test": ("needed at test with the backbone, MiB", 2**20),
+    "bytes_test_without_backbone": ("needed at test beside the backbone, MiB", 2**20),
+    "peak_memory_mb": ("peak memory, MiB", 1),
 }
 
 def cost_of(

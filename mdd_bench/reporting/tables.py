@@ -244,7 +244,7 @@ def _cost_columns(cost):
         "test, s": cost["test_s"],
         "ms per image": cost["ms_per_image"],
         "parameters trained, M": cost["parameters_trained"]/1e6,
-        "kept for the test, MB": cost["bytes_test_without_backbone"]/2**20,
+        "kept for the test, MiB": cost["bytes_test_without_backbone"]/2**20,
     }
 
 def costs(
