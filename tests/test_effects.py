@@ -242,7 +242,7 @@ def test_nothing_stale_stays_where_nothing_can_be_compared(records, tmp_path):
 def test_warnings_stand_in_the_caption(records):
     records[0].provenance["converged_steps"] = 500
     table = found(records)
-    warned = "† Not converged: trained for fewer steps than it takes, the row or its baseline."
+    warned = "† Not converged: trained for fewer steps than it takes, or may take, the row or its baseline."
     assert table.attrs["caption"].endswith(warned) and "alpha (100 of 500 steps)" in table.attrs["made"]
     assert "| beta † | P-AP |" in to_markdown(printed_effects(table))
     for r in records: r.spec["weights"] = "random"

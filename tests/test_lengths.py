@@ -148,6 +148,20 @@ def test_a_row_that_has_not_converged_is_marked(tmp_path, setting, monkeypatch):
     assert "† Not converged" in caption([record])
     assert "Not converged: rd4ad (3 of 100 steps)" in how_it_was_made([record])
 
+@pytest.mark.parametrize("setting", ["unified", "separate"])
+def test_a_length_that_may_be_too_short_is_marked(tmp_path, setting, monkeypatch):
+    monkeypatch.setattr(RD4AD, "recipe", replace(RD4AD.recipe, converged=3, converged_known=False, epochs=1))
+    record = run(small_spec(setting=setting, epochs=None, steps=3, batch=4), tmp_path)
+    assert "| rd4ad † |" in to_markdown(summary([record])) and "† Not converged" in caption([record])
+    assert "Not converged: rd4ad (3 steps, which may be too few)" in how_it_was_made([record])
+    record.spec["steps"] = None
+    assert "†" not in to_markdown(summary([record])) + caption([record])
+    record.spec["epochs"] = 2
+    assert "| rd4ad † |" in to_markdown(summary([record]))
+    facts = record.provenance["models"].values() if setting == "separate" else [record.provenance]
+    for fact in facts: del fact["converged_known"]
+    assert "†" not in to_markdown(summary([record])) + caption([record])
+
 def test_a_record_says_what_its_recipe_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(RD4AD, "recipe", replace(RD4AD.recipe, converged=1000))
     spec = small_spec(epochs=None, steps=2)

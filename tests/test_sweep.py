@@ -131,6 +131,17 @@ def test_it_waits_for_a_run_that_another_sweep_makes(make, runs, tmp_path):
     assert said == [("run0", "done")] and time.monotonic() - started[1] > .9
     assert time.process_time() - started[0] < .5     # it does not spin
 
+def test_a_run_that_cannot_be_handed_to_the_crew_is_free_for_another_sweep(tmp_path, runs):
+    "Its lock is released, so that nobody waits for it for ever."
+    Store(tmp_path).locks.mkdir(parents=True)
+    with threads([{}]) as crew:
+        crew.executor.shutdown()
+        with pytest.raises(RuntimeError, match="after shutdown") as caught:
+            Queue(runs(0), crew, Progress()).run_all()
+    lock = Lock(Store(tmp_path).locks/"run0.sweep.lock")
+    assert lock.acquire() and caught.tb     # while the error, and so the queue, is alive
+    lock.release()
+
 def test_after_an_interruption_no_run_is_started(make, runs):
     made = []
     def interrupted(job, folder, environment, abandoned):

@@ -75,7 +75,7 @@ ours\_v2 $^\dagger$ & \textbf{85.0} & \textbf{65.0} & \underline{20.0} \\
 
 CAPTION = ("Mean over two classes of `fabrics` in percent, one to two seeds (± sample standard deviation). "
            "ResNet-18 features of strides 8 and 16 at 128 px. Best in bold, second underlined. "
-           "† Not converged: trained for fewer steps than it takes.")
+           "† Not converged: trained for fewer steps than it takes, or may take.")
 
 DETAILS = """\
 <details>

@@ -345,8 +345,8 @@ def record_facts(
 class BGAD(BGADOptions):
     "Flows, and a boundary that labelled anomalies are pushed across; without labels plain flows (CVPR 2023)."
     revision = 3
-    recipe = Recipe(epochs=200, converged=2600, batch=32, optimizer="adam", lr=2e-4, warmup=.08, cosine=True,
-                    backbone="tf_efficientnet_b6.aa_in1k")
+    recipe = Recipe(epochs=200, converged=2600, converged_known=False, batch=32, optimizer="adam",
+                    lr=2e-4, warmup=.08, cosine=True, backbone="tf_efficientnet_b6.aa_in1k")
     needs = frozenset({"labelled"})
 
     def __init__(self, backbone, classes=1, **options):

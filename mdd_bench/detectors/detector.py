@@ -45,6 +45,7 @@ class Recipe:
     epochs: int = 0                       # passes over the training images; 0: there is nothing to train
     steps: int | None = None              # optimizer steps, where a run asks for them instead of epochs
     converged: int | None = None          # steps below which tables mark a training; None: not known
+    converged_known: bool = True          # False: may be too few; all but the whole recipe is marked
     batch: int = 16                       # images in a step
     optimizer: str = "adam"               # adam | adamw
     lr: float = 1e-3                      # learning rate

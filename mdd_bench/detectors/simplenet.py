@@ -78,7 +78,8 @@ class SimpleNet(Detector):
     recipe = Recipe(epochs=100, converged=510, batch=32, optimizer="adamw", lr=2e-4, weight_decay=1e-5,
                     drops=(.8,), strides=(8, 16))
 
-    noise: float = option(.3, convert=positive_number, help="deviation of the noise, in spreads of a patch")
+    noise: float = option(.3, convert=positive_number,
+        help="deviation of the noise, in spreads of a patch, above 0")
     margin: float = option(.5, convert=positive_number, help="th of the loss, above 0")
     hidden: int = option(1024, least=1, help="width of the discriminator")
 

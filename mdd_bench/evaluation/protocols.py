@@ -133,7 +133,7 @@ def highest(
     maps,             # float32 [B, H, W], smoothed: array, or tensor on a GPU
     own_scores=None,  # not used
 ):                    # array [B]
-    "The maximum of each map (released code: RD4AD, PatchCore)."
+    "The maximum of each map (released code: RD4AD; ADer for most methods)."
     return to_numpy(maps.amax((1, 2))) if on_gpu(maps) else maps.max((1, 2))
 
 
@@ -160,7 +160,7 @@ def pooled(
     maps,             # float32 [B, H, W], smoothed
     own_scores=None,  # not used
 ):                    # [B]
-    "The maximum of the means over windows of 16 x 16 (released code: ADer, UniAD)."
+    "The maximum of the means over windows of 16 x 16 (released code: UniAD; ADer for some methods)."
     side = min(16, *maps.shape[1:])
     means = avg_pool2d(torch.as_tensor(maps)[:, None], side, 1)
     return to_numpy(means.amax((1, 2, 3)))
@@ -417,16 +417,18 @@ PROTOCOLS = {p.name: p for p in (
              size="image", sigma=0, image_score="max", mask_rule="touched", pixel_rule="quantiles"),
     Protocol("ader", "50 bins: wrong where scores crowd at one end; "
                      "images whose resized mask is empty count as normal",
-             size=256, image_score="pool16", mask_rule="above_half", pixel_rule="50 bins",
+             size=256, image_score="max", mask_rule="above_half", pixel_rule="50 bins",
              label_source="mask"),
     Protocol("dinomaly", "hardly smoothed (5 taps); small defects are enlarged; "
                          "AUPRO from linear thresholds, stretched",
              size=256, taps=5, image_score="top1%", mask_rule="touched", pixel_rule="linear"),
-    Protocol("rd4ad", "AUPRO per image, then the mean: good images have no false positives there",
-             size=256, image_score="max", mask_rule="above_half", pixel_rule="per image"),
+    Protocol("rd4ad", "AUPRO per image, then the mean: good images have no false positives there; "
+                      "images whose resized mask is empty count as normal",
+             size=256, image_score="max", mask_rule="above_half", pixel_rule="per image",
+             label_source="mask"),
     Protocol("simplenet", "only wholly covered pixels are defective, and what was found is dilated: "
                           "AUPRO too high",
-             size=288, sigma=4*256/288, image_score="max", mask_rule="wholly", pixel_rule="dilated"),
+             size=288, sigma=4*256/288, mask_rule="wholly", pixel_rule="dilated"),
 )}
 
 def get_protocol(

@@ -70,7 +70,7 @@ def memory_losses(
     group,         # [B] of the images
     margin: float = 1.,
 ) -> dict:         # class, compact, separate: scalars
-    "Return class supervision (ours), compactness and separation (MNAD, on unit vectors)."
+    "Return class supervision (ours), compactness and separation (ours, after MNAD; on unit vectors)."
     images = torch.arange(len(group), device=group.device)
     distance = 2 - 2*memory.temperature*similarity[images, :, group]                  # [B, N, K], squared
     two_nearest = distance.topk(min(2, distance.shape[-1]), largest=False).values

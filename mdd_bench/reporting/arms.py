@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BROUGHT', 'SEEDS', 'FOLLOWS', 'settings', 'arm_columns', 'printed', 'comparison_key', 'comparable', 'Arm', 'arms',
            'distinctions', 'scores_of', 'facts_of', 'steps_of', 'plural', 'measured_on', 'less_is_better',
-           'not_converged', 'split_batches']
+           'may_be_short', 'not_converged', 'split_batches']
 
 # %% ../../nbs/reporting/60a_arms.ipynb #b8e0322b
 import json
@@ -246,17 +246,25 @@ def less_is_better(metric: str) -> bool:
     return "FPR" in metric
 
 # %% ../../nbs/reporting/60a_arms.ipynb #1d9d1c76
+def may_be_short(record) -> bool:
+    "Whether a training was given a length of its own, and nobody knows what length its method needs."
+    whole = record.spec.get("epochs") is None and record.spec.get("steps") is None
+    return not whole and False in facts_of(record, "converged_known")
+
 def not_converged(
     records,                         # comparable Records
     by: str|list|dict = "detector",  # what tells the arms apart, as in `comparable`
 ) -> dict:                           # {the arm's values in the index: a few words}
-    "The arms that were trained for fewer steps than their recipe says it takes; empty where nobody knows."
+    """The arms that were trained for fewer steps than their recipe says it takes, or may take.
+
+    An arm of a recipe that says nothing is not among them."""
     short = {}
     for arm in arms(records, by):
         for record in arm.records:
             needed = max(facts_of(record, "converged_steps"), default=0)
             taken = min(steps_of(record), default=needed)
             if taken < needed: short[arm.key] = f"{arm.name} ({taken} of {needed} steps)"
+            elif may_be_short(record): short[arm.key] = f"{arm.name} ({taken} steps, which may be too few)"
     return short
 
 # %% ../../nbs/reporting/60a_arms.ipynb #c28b1427

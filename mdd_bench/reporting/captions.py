@@ -132,7 +132,8 @@ def caption(
     if protocol != "exact": sentences.append(f"Protocol `{protocol}`.")
     if plain: return " ".join(sentences)
     if len(arms(records, by)) > 1: sentences.append("Best in bold, second underlined.")
-    if not_converged(records, by): sentences.append("† Not converged: trained for fewer steps than it takes.")
+    if not_converged(records, by):
+        sentences.append("† Not converged: trained for fewer steps than it takes, or may take.")
     if split_batches(records, by): sentences.append("‡ Memory ran out, and batches were cut.")
     return " ".join(sentences)
 

@@ -139,7 +139,7 @@ def _left_out(grouped, compared, metrics):
 
 # %% ../../nbs/reporting/63c_effects.ipynb #d57c6ef7
 SIGNS = {
-    "†": "Not converged: trained for fewer steps than it takes, the row or its baseline.",
+    "†": "Not converged: trained for fewer steps than it takes, or may take, the row or its baseline.",
     "‡": "Memory ran out, and batches were cut, in the row or its baseline.",
 }
 

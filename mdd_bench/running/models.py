@@ -41,7 +41,8 @@ def length_facts(plan: ModelPlan) -> dict:
     "How many optimizer steps the training of a model has, and how many its method needs to converge."
     recipe = plan.resolved.recipe
     images = len(plan.dataset.catalog.part(split="train"))
-    return dict(steps=total_steps(recipe, images), converged_steps=recipe.converged)
+    facts = dict(steps=total_steps(recipe, images), converged_steps=recipe.converged)
+    return facts if recipe.converged_known else facts | dict(converged_known=False)
 
 def split_facts(**parts: int) -> dict:
     "Into how many parts batches were cut because memory ran out, by name, where they were."

@@ -6,14 +6,14 @@
 __all__ = ['SEEN_AFTER', 'SWEPT', 'run_label', 'Planned', 'no_runs', 'check_sweep', 'record_elsewhere', 'missing_runs', 'expect',
            'plan_sweep', 'keeping_model', 'by_training', 'expected_seconds', 'time_in_words', 'state_of',
            'describe_plan', 'describe_work', 'weights_of', 'expect_again', 'awaited_record', 'SweepBar', 'Underway',
-           'abandon', 'in_order', 'Starter', 'Settler', 'Queue', 'outcome_of', 'Swept', 'records_of', 'paths_of',
-           'check_places', 'crew_for', 'copy_records', 'sweep', 'make_missing', 'found', 'sweep_notebook',
-           'without_timing', 'execute_study']
+           'releasing_on_error', 'abandon', 'in_order', 'Starter', 'Settler', 'Queue', 'outcome_of', 'Swept',
+           'records_of', 'paths_of', 'check_places', 'crew_for', 'copy_records', 'sweep', 'make_missing', 'found',
+           'sweep_notebook', 'without_timing', 'execute_study']
 
 # %% ../../nbs/running/59_sweep.ipynb #1adbe548
 import json, os, sys, tempfile, time, traceback
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -266,6 +266,14 @@ class Underway(NamedTuple):
         _, stage = read_progress(self.first.job.store.folder(self.first.job.run_id))
         return stage in ("starting", "features")
 
+@contextmanager
+def releasing_on_error(lock: Lock):
+    "Release a lock where the block fails, so that another sweep can make the run."
+    try: yield
+    except BaseException:
+        lock.release()
+        raise
+
 def abandon(
     running: dict[Future, Underway],
     crew: Crew,
@@ -303,15 +311,18 @@ class Starter:
             lock = Lock(first.job.store.locks/f"{first.job.run_id}.sweep.lock")
             if not lock.acquire(): continue
             self.waiting.remove(group)
-            if first.job.is_done():
+            with releasing_on_error(lock): future = self.submit(first.job, environment)
+            if future: self.running[future] = Underway(first, rest, place, lock)
+            else:
                 lock.release()
                 self.go_on(first, rest, "made by another sweep")
-                return True
-            arguments = first.job, os.getcwd(), environment, self.crew.abandoned
-            future = self.crew.executor.submit(make_record, *arguments)
-            self.running[future] = Underway(first, rest, place, lock)
             return True
         return False
+
+    def submit(self, job: Job, environment: dict) -> Future | None:
+        "Hand a run to the crew, unless another sweep has made it in the meantime."
+        if job.is_done(): return None
+        return self.crew.executor.submit(make_record, job, os.getcwd(), environment, self.crew.abandoned)
 
     def go_on(self, first: Planned, rest: list[Planned], word: str):
         "Note that a run has ended, and put the rest of its group first in line."
