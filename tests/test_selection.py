@@ -289,6 +289,15 @@ def test_noise_costs_what_one_test_seed_would_have_cost_on_the_other():
     assert regret_of_noise(seeded({0: [1, 2, 3, 4], 1: [2, 3, 4, 5]})) == 0
 
 
+def test_seeds_of_another_detector_take_no_configuration_away():
+    "A table of two detectors has a column for each seed that either of them has."
+    records = records_of([1, 2, 3, 4], [1, 2, 3, 9], seeds=(0, 1))
+    more = records_of([1, 2, 3, 4], [1, 2, 3, 9], seeds=(0, 1, 2), detector="beta")
+    scores = paired_scores(pair_up(records + more).pairs)
+    assert regret_of_noise(scores.loc[["alpha"]]) == regret_of_noise(scores.loc[["beta"]]) == 0
+    assert across_seeds(scores.loc[["alpha"]], "test") == 1
+
+
 def test_an_unknown_default_is_refused():
     scores = scores_of([1, 2, 3, 4], [1, 2, 3, 4])
     for ask in (regrets_of, by_class):

@@ -9,9 +9,9 @@ from scipy import stats
 
 from mdd_bench.errors import SpecError, StoreError
 from mdd_bench.reporting.effects import critical_difference_diagram, draw_effects
-from mdd_bench.reporting.statistics import (ArmPair, Effect, Ranking, class_values, compare, compare_pairs,
-                                            effect, equivalent, friedman, holm, joined, signed_rank,
-                                            with_same_test)
+from mdd_bench.reporting.statistics import (ArmPair, Effect, Ranking, _spread, class_values, compare,
+                                            compare_pairs, effect, equivalent, friedman, holm, joined,
+                                            signed_rank, with_same_test)
 from mdd_bench.running.store import Record
 
 CLASSES = ("a", "b", "c", "d", "e", "f")
@@ -355,6 +355,28 @@ def test_a_comparison_says_what_it_cannot_decide(arms):
     assert np.allclose(table["Holm p"], holm(table.p)) and (table["Holm p"] >= table["smallest p"]).all()
     found = effect(arms["y"], arms["x"], "P-AP")
     assert tuple(table.loc[("y", "P-AP"), ["difference", "low", "high"]]) == found[:3]
+
+
+def test_the_smallest_holm_p_is_that_of_every_row_at_its_smallest(arms):
+    "A pair of two classes can decide little, and must not take from one of six what it can."
+    pairs = dict(y=ArmPair(arms["y"], arms["x"]), z=ArmPair(arms["z"], arms["y"], ("a", "b")))
+    table = compare_pairs(pairs, ["P-AP"])
+    assert table["smallest p"].tolist() == [2**-5, 2**-1]
+    assert table["smallest Holm p"].tolist() == [2**-4, 2**-1]
+    assert (table["Holm p"] >= table["smallest Holm p"]).all()
+    three = compare_pairs(pairs | dict(w=ArmPair(arms["x"], arms["z"], ("a", "b"))), ["P-AP"])
+    assert three["smallest Holm p"].tolist() == [3*2**-5, 1, 1]
+
+
+def test_the_error_of_images_is_that_of_all_seeds_of_a_test():
+    "The mean of three independent errors of deviation 1 has the deviation 0.58, whichever seeds are drawn."
+    errors = np.random.default_rng(0).normal(size=(3, 4000))
+    errors -= errors.mean(1, keepdims=True)
+    one_test, three_tests = np.zeros(3, int), np.arange(3)
+    spread = _spread(errors, np.zeros((3, 4000)), one_test, one_test, True)
+    assert spread.std() == pytest.approx(errors.mean(0).std(), rel=1e-9) and .55 < spread.std() < .61
+    alone = _spread(errors, np.zeros((3, 4000)), three_tests, three_tests, True)
+    assert .97 < alone.std() < 1.03
 
 
 def test_pairs_have_their_own_baselines_and_classes(arms):

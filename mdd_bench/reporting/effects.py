@@ -114,10 +114,8 @@ def _what_it_is(records, by, column, compared, pairs):
 def _of_the_interval(table, why):
     "What the interval covers, or why there is none."
     if why: return f"There are no intervals: {why}."
-    fewest, most = table["seeds"].min(), table["seeds"].max()
     covers = "other seeds and other test images of these classes"
-    if most == 1: covers = "other test images of these classes, but no other seed"
-    elif fewest == 1: covers += " (of a single seed, images only)"
+    if table["seeds"].min() == 1: covers += ", but no other seed of an arm that has one"
     return f"The 95% interval covers {covers}; ✓ where it excludes zero."
 
 def _of_p(table):

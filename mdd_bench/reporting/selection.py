@@ -38,8 +38,9 @@ def seed_means(
     scores: pd.DataFrame,  # of `paired_scores`, one detector
     half: str,             # one of `HALVES`
 ) -> pd.DataFrame:         # index: configuration; columns: seeds; nan where a configuration lacks a seed
-    "The scores of one half, averaged over classes."
-    return scores[half].droplevel("detector").T.groupby(level="seed").mean().T
+    "The scores of one half, averaged over classes; seeds that only other detectors have are left out."
+    means = scores[half].droplevel("detector").T.groupby(level="seed").mean().T
+    return means.dropna(axis=1, how="all")
 
 # %% ../../nbs/reporting/63e_selection.ipynb #c4c9bf65
 LEAST = 4    # configurations (ours)

@@ -144,11 +144,11 @@ def _drawn_seeds(rng, seeds, draws):
     return rng.integers(seeds, size=(draws, max(seeds - 1, 1)))
 
 def _means_of_draws(values, tests, seeds, images):
-    "Means of `values` [seeds, R] over the drawn seeds, [draws], with errors of images from one test only."
+    "Means of `values` [seeds, R] over the drawn seeds, [draws], with the error of images of one test."
     centre = values.mean(1)
-    errors = (values - centre[:, None])[seeds, images[:, None]]
-    same_test = tests[seeds] == tests[seeds[:, :1]]
-    return centre[seeds].mean(1) + (errors*same_test).sum(1)/same_test.sum(1)
+    errors = values - centre[:, None]
+    of_test = np.stack([errors[tests == test].mean(0) for test in tests])     # [seeds, R]
+    return centre[seeds].mean(1) + of_test[seeds[:, 0], images]
 
 def _spread(a, b, tests_of_a, tests_of_b, same_seeds):
     "Differences of the draws around their mean, [draws]; `a` and `b` are means over classes, [seeds, R]."
@@ -318,7 +318,7 @@ def compare_pairs(
     rows = [_compared(pairs[name], metric, level, intervals) for name, metric in names]
     table = pd.DataFrame(rows, pd.MultiIndex.from_tuples(names, names=["arm", "metric"]))
     table["Holm p"] = holm(table["p"])
-    table["smallest Holm p"] = np.minimum(table["smallest p"]*len(table), 1)
+    table["smallest Holm p"] = holm(table["smallest p"])
     table["can decide"] = table["smallest Holm p"] <= 1 - level + 1e-12
     return table
 
