@@ -75,8 +75,8 @@ def positive_number(
 class SimpleNet(Detector):
     "Normal patches against the same with noise, by a small network (SimpleNet, CVPR 2023; schedule: ADer)."
     revision = 4
-    recipe = Recipe(epochs=100, converged=510, batch=32, optimizer="adamw", lr=2e-4, weight_decay=1e-5,
-                    drops=(.8,), strides=(8, 16))
+    recipe = Recipe(epochs=100, converged=510, converged_known=False, batch=32, optimizer="adamw", lr=2e-4,
+                    weight_decay=1e-5, drops=(.8,), strides=(8, 16))
 
     noise: float = option(.3, convert=positive_number,
         help="deviation of the noise, in spreads of a patch, above 0")
