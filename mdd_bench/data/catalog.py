@@ -77,7 +77,7 @@ class Catalog:
         return counts if has_calibration else counts.drop(columns="calibration", errors="ignore")
 
 # %% ../../nbs/data/01_catalog.ipynb #d2d4ac3f
-DIGEST_VERSION = 5  # raised whenever a `Digest` says something else, so that remembered ones are forgotten
+DIGEST_VERSION = 6  # raised whenever a `Digest` says something else, so that remembered ones are forgotten
 
 class Digest(NamedTuple):
     "What is remembered of a file that was read to its end."
