@@ -6,7 +6,7 @@ import torch
 from conftest import small_spec
 from PIL import Image
 from mdd_bench.data.datasets import inspect_dataset
-from mdd_bench.data.images import Framing, load_image, shown_part, squared
+from mdd_bench.data.images import Framing, image_oddity, load_image, shown_part, squared
 from mdd_bench.data.synthetic import write_embedded
 from mdd_bench.errors import DataError, SpecError
 from mdd_bench.evaluation.protocols import PROTOCOLS, ProtocolEvaluator
@@ -150,9 +150,30 @@ def test_colours_of_16_bits_are_named_before_a_run(tmp_path):
     root = write_embedded(tmp_path/"drawn", "smoke", classes=["gear"])
     image = sorted(root.glob("gear/train/good/*.png"))[0]
     write_png_16(image, np.tile(3900 + np.arange(256), (256, 3, 1)).swapaxes(1, 2).astype(">u2"))
-    assert "nearly black" in " ".join(inspect_dataset(root).warnings)
+    found = " ".join(inspect_dataset(root).warnings)
+    assert "nearly black" in found
+    assert "values from 15 to 16: of 16 bits for each colour the upper 8 are read: save them with 8" in found
+    assert "value-range" not in found           # it would be refused
     problem, = inspect_dataset(root, value_range=(0, 4095)).problems
     assert "1 images of gear have 16 bits for each colour" in problem.what and str(image) in problem.what
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_dark_images_of_8_bits_are_named_whatever_their_transparency(tmp_path, mode):
+    "A range does not reach them, so none is advised."
+    root = write_embedded(tmp_path/"drawn", "smoke", classes=["gear"])
+    for file in root.glob("gear/t*/*/*.png"):
+        with Image.open(file) as image: dark = image.point(lambda value: value//10).convert(mode)
+        if mode in ("LA", "RGBA"): dark.putalpha(image.convert("L"))
+        dark.save(file)
+    found = " ".join(inspect_dataset(root).warnings)
+    warning = "10 images of gear are nearly black or white; .*png has values from .*: look at the images"
+    assert re.search(warning, found)
+    assert "value-range" not in found
+
+def test_an_image_of_one_colour_is_named_whatever_its_transparency(tmp_path):
+    image = Image.new("RGBA", (8, 8), (9, 200, 9))
+    image.putalpha(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)))
+    assert image_oddity(image) == "it is of a single colour"
 
 @pytest.mark.parametrize("mode", ["1", "P", "CMYK"])
 def test_numbers_that_are_no_brightness_are_not_called_dark(tmp_path, mode):

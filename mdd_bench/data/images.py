@@ -7,7 +7,7 @@ __all__ = ['IMAGE_ENDINGS', 'RESIZE', 'LOSSY', 'MOST_MARKED', 'MOST_LEVELS', 'MO
            'most_megapixels', 'stores_white_as_0', 'refuse_image', 'UnreadableImage', 'opened', 'black_as_0',
            'read_image', 'image_size', 'is_deep', 'has_deep_colours', 'to_8_bits', 'load_rgb', 'Framing', 'squared',
            'load_image', 'image_array', 'shown_part', 'brightness', 'marked', 'mask_files', 'joined_masks', 'load_mask',
-           'image_oddity', 'mask_oddity']
+           'without_alpha', 'image_oddity', 'mask_oddity']
 
 # %% ../../nbs/data/00_images.ipynb #9a41ba0a
 import math, os, re
@@ -249,9 +249,14 @@ def load_mask(
 # %% ../../nbs/data/00_images.ipynb #ad3e1a4a
 MOST_MARKED, MOST_LEVELS, MOST_GREY = .9, 32, .1     # above which a mask may be wrong (ours)
 
+def without_alpha(image: Image.Image) -> np.ndarray:    # [H, W] or [H, W, C], as the image's mode has them
+    "Returns the values of a decoded image without those that say how transparent it is."
+    values = np.asarray(image)
+    return values[..., :-1] if image.getbands()[-1] in ("A", "a") else values
+
 def image_oddity(image: Image.Image) -> str:
     "Returns what may be wrong about a decoded image; nothing for most."
-    values = np.asarray(image)
+    values = without_alpha(image)
     return "it is of a single colour" if (values == values[:1, :1]).all() else ""
 
 def mask_oddity(
