@@ -1,4 +1,5 @@
 "How images of any shape and range become squares, and what of their maps is tested."
+from dataclasses import replace
 import re, shutil, struct, zlib
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from mdd_bench.evaluation.protocols import PROTOCOLS, ProtocolEvaluator
 from mdd_bench.evaluation.replicates import Replicates
 from mdd_bench.running.identity import model_plans, resolve
 from mdd_bench.running.run import run
-from mdd_bench.running.testing import BatchPrediction, ClassTest
+from mdd_bench.running.testing import BatchPrediction, ClassTest, calibration_scores
 
 SHAPES = [(40, 24), (24, 40), (31, 64), (64, 31), (7, 90), (32, 32)]
 
@@ -90,6 +91,31 @@ def test_what_pad_adds_is_not_tested(wide, scored):
 
     plain, others, changed = metrics(0, 0), metrics(99, 0), metrics(0, 99)
     assert repr(plain) == repr(others) and repr(plain) != repr(changed)
+
+@pytest.mark.filterwarnings("ignore:look at", "ignore:.*nan for")
+@pytest.mark.parametrize("wide_images", [0, 1])
+def test_own_scores_are_left_out_in_a_class_with_a_padded_test_image(tmp_path, monkeypatch, wide_images):
+    "In another class they stay, and calibration images are scored as the test is."
+    root = write_embedded(tmp_path/"data", "smoke", classes=["gear", "tile"])
+    for file in sorted(root.glob("gear/test/good/*.png"))[:wide_images]:
+        with Image.open(file) as image: image.crop((0, 0, image.width, image.height//2)).save(file)
+    spec = small_spec(data=str(root), classes=["gear", "tile"], detector="patchcore", calibration=.5)
+    plan, = model_plans(resolve(replace(spec, resize="pad")))
+
+    def batches(n):
+        "A batch for each image; a map is 0, a detector's own score 1 and more."
+        return [BatchPrediction([i], torch.zeros(1, 64, 64), np.array([1. + i]), {}) for i in range(n)]
+
+    def predicted(detector, plan, images, runtime): return batches(len(images))
+
+    monkeypatch.setattr("mdd_bench.running.testing.predict_class", predicted)
+    calibrated = calibration_scores(None, plan, "exact", None).groupby("cls").score.min()
+    for cls, padded in dict(gear=wide_images > 0, tile=False).items():
+        test = ClassTest(plan, cls, ["exact"])
+        for batch in batches(len(test.table)): test.update(batch)
+        scores = test.evaluators["exact"].result().scores
+        assert scores.tolist() == [0 if padded else 1 + i for i in range(len(test.table))]
+        assert calibrated[cls] == (0 if padded else 1)
 
 def test_images_of_several_shapes_in_one_batch_keep_their_order(wide, tmp_path):
     root = tmp_path/"data"
