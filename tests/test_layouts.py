@@ -326,6 +326,13 @@ def test_data_to_choose_options_on_are_made_of_any_layout(root, name, tree, monk
     normal = made[(made.kind == "good")].groupby("cls").size()
     assert normal.to_dict() == train.groupby("cls").size().to_dict()
 
+def test_the_remedy_for_too_few_training_images_fits_any_layout(root, monkeypatch, tmp_path):
+    monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path/"cache"))
+    btad(root)
+    with pytest.raises(DataError, match="class '01' has 1 different training images") as error: heldout(root)
+    assert "normal training images of 01, as the dataset's layout has them" in error.value.remedy
+    assert "train/good" not in str(error.value)
+
 def test_files_of_one_name_in_different_folders_are_told_apart(root, monkeypatch, tmp_path):
     monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path/"cache"))
     rows = [("washer", f"{side}/{number}.png") for side in "ab" for number in range(4)]
