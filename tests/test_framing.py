@@ -1,4 +1,5 @@
 "How images of any shape and range become squares, and what of their maps is tested."
+from dataclasses import replace
 import re, shutil, struct, zlib
 import numpy as np
 import pytest
@@ -6,14 +7,14 @@ import torch
 from conftest import small_spec
 from PIL import Image
 from mdd_bench.data.datasets import inspect_dataset
-from mdd_bench.data.images import Framing, load_image, shown_part, squared
+from mdd_bench.data.images import Framing, image_oddity, load_image, shown_part, squared
 from mdd_bench.data.synthetic import write_embedded
 from mdd_bench.errors import DataError, SpecError
 from mdd_bench.evaluation.protocols import PROTOCOLS, ProtocolEvaluator
 from mdd_bench.evaluation.replicates import Replicates
 from mdd_bench.running.identity import model_plans, resolve
 from mdd_bench.running.run import run
-from mdd_bench.running.testing import BatchPrediction, ClassTest
+from mdd_bench.running.testing import BatchPrediction, ClassTest, calibration_scores
 
 SHAPES = [(40, 24), (24, 40), (31, 64), (64, 31), (7, 90), (32, 32)]
 
@@ -91,6 +92,31 @@ def test_what_pad_adds_is_not_tested(wide, scored):
     plain, others, changed = metrics(0, 0), metrics(99, 0), metrics(0, 99)
     assert repr(plain) == repr(others) and repr(plain) != repr(changed)
 
+@pytest.mark.filterwarnings("ignore:look at", "ignore:.*nan for")
+@pytest.mark.parametrize("wide_images", [0, 1])
+def test_own_scores_are_left_out_in_a_class_with_a_padded_test_image(tmp_path, monkeypatch, wide_images):
+    "In another class they stay, and calibration images are scored as the test is."
+    root = write_embedded(tmp_path/"data", "smoke", classes=["gear", "tile"])
+    for file in sorted(root.glob("gear/test/good/*.png"))[:wide_images]:
+        with Image.open(file) as image: image.crop((0, 0, image.width, image.height//2)).save(file)
+    spec = small_spec(data=str(root), classes=["gear", "tile"], detector="patchcore", calibration=.5)
+    plan, = model_plans(resolve(replace(spec, resize="pad")))
+
+    def batches(n):
+        "A batch for each image; a map is 0, a detector's own score 1 and more."
+        return [BatchPrediction([i], torch.zeros(1, 64, 64), np.array([1. + i]), {}) for i in range(n)]
+
+    def predicted(detector, plan, images, runtime): return batches(len(images))
+
+    monkeypatch.setattr("mdd_bench.running.testing.predict_class", predicted)
+    calibrated = calibration_scores(None, plan, "exact", None).groupby("cls").score.min()
+    for cls, padded in dict(gear=wide_images > 0, tile=False).items():
+        test = ClassTest(plan, cls, ["exact"])
+        for batch in batches(len(test.table)): test.update(batch)
+        scores = test.evaluators["exact"].result().scores
+        assert scores.tolist() == [0 if padded else 1 + i for i in range(len(test.table))]
+        assert calibrated[cls] == (0 if padded else 1)
+
 def test_images_of_several_shapes_in_one_batch_keep_their_order(wide, tmp_path):
     root = tmp_path/"data"
     shutil.copytree(wide, root)
@@ -150,9 +176,30 @@ def test_colours_of_16_bits_are_named_before_a_run(tmp_path):
     root = write_embedded(tmp_path/"drawn", "smoke", classes=["gear"])
     image = sorted(root.glob("gear/train/good/*.png"))[0]
     write_png_16(image, np.tile(3900 + np.arange(256), (256, 3, 1)).swapaxes(1, 2).astype(">u2"))
-    assert "nearly black" in " ".join(inspect_dataset(root).warnings)
+    found = " ".join(inspect_dataset(root).warnings)
+    assert "nearly black" in found
+    assert "values from 15 to 16: of 16 bits for each colour the upper 8 are read: save them with 8" in found
+    assert "value-range" not in found           # it would be refused
     problem, = inspect_dataset(root, value_range=(0, 4095)).problems
     assert "1 images of gear have 16 bits for each colour" in problem.what and str(image) in problem.what
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_dark_images_of_8_bits_are_named_whatever_their_transparency(tmp_path, mode):
+    "A range does not reach them, so none is advised."
+    root = write_embedded(tmp_path/"drawn", "smoke", classes=["gear"])
+    for file in root.glob("gear/t*/*/*.png"):
+        with Image.open(file) as image: dark = image.point(lambda value: value//10).convert(mode)
+        if mode in ("LA", "RGBA"): dark.putalpha(image.convert("L"))
+        dark.save(file)
+    found = " ".join(inspect_dataset(root).warnings)
+    warning = "10 images of gear are nearly black or white; .*png has values from .*: look at the images"
+    assert re.search(warning, found)
+    assert "value-range" not in found
+
+def test_an_image_of_one_colour_is_named_whatever_its_transparency(tmp_path):
+    image = Image.new("RGBA", (8, 8), (9, 200, 9))
+    image.putalpha(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)))
+    assert image_oddity(image) == "it is of a single colour"
 
 @pytest.mark.parametrize("mode", ["1", "P", "CMYK"])
 def test_numbers_that_are_no_brightness_are_not_called_dark(tmp_path, mode):

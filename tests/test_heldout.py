@@ -197,7 +197,7 @@ def test_each_name_is_held_out_at_random_on_its_own():
 
 def test_a_small_class_is_refused_by_name(tmp_path, cache):
     small = make(tmp_path/"s", classes={"plate": 6, "cloth": 3})
-    with pytest.raises(DataError, match="'cloth' has 3 .* add images"): heldout(small)
+    with pytest.raises(DataError, match="'cloth' has 3 .* add normal training images of cl"): heldout(small)
     assert not folders_in_cache(tmp_path)                     # nothing half-drawn stays
 
 # --- the source

@@ -45,6 +45,27 @@ def test_every_orientation_is_seen_upright(photo, tmp_path, number, ending):
     assert np.array_equal(load_image(path), pixels) and image_size(path) == (12, 20)
     assert digest(path)[:2] == (20, 12)
 
+GREY = np.random.default_rng(1).integers(0, 65536, (12, 20)).astype(np.uint16)
+PIXELS = {
+    "L": (GREY >> 8).astype(np.uint8), "I;16": GREY, "RGB": np.stack([GREY >> 8, GREY & 255, GREY//257], -1),
+    "RGBA": np.stack([GREY >> 8, GREY & 255, GREY//257, 255 - (GREY >> 8)], -1),
+}
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", PIXELS)
+@pytest.mark.parametrize("number", STORED)
+def test_every_orientation_of_every_tiff(tmp_path, number, mode, compression):
+    "Pillow maps a raw file into memory with the size that it has after the turn."
+    pixels = PIXELS[mode] if mode == "I;16" else PIXELS[mode].astype(np.uint8)
+    exif = Image.Exif()
+    exif[EXIF] = number
+    path = tmp_path/"turned.tif"
+    stored = np.ascontiguousarray(STORED[number](pixels))
+    Image.fromarray(stored).save(path, exif=exif, compression=compression)
+    image = read_image(path)
+    assert image.mode == mode and np.array_equal(np.asarray(image), pixels)
+    assert image_size(path) == (12, 20) and digest(path)[:2] == (20, 12)
+
 def test_a_photo_that_is_turned_has_another_content_and_the_same_as_its_upright_copy(photo, tmp_path):
     upright = digest(photo[1])
     assert digest(turned(photo[1], 6, tmp_path/"turned.png")) == upright
@@ -160,14 +181,17 @@ def test_what_cannot_be_read_in_one_way_is_refused_by_name(photo, tmp_path, writ
     with pytest.raises(DataError, match=REFUSED[write]) as refusal: load_image(path)
     assert str(path) in str(refusal.value)
 
-def write_tiff(path, values, order):
-    "Write a grey TIFF of 16 bits by hand, in either byte order."
+def write_tiff(path, values, order="<", kind="u2", white=65535):
+    "Write a grey TIFF by hand, in either byte order; `white` is 0 where 0 stands for white, None: not told."
     height, width = values.shape
-    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 1, 273: 8 + 2 + 9*12 + 4, 277: 1, 278: height,
-            279: 2*values.size}
+    data = values.astype(order + kind)
+    tags = {256: width, 257: height, 258: 8*data.itemsize, 259: 1, 262: int(white != 0), 273: 0, 277: 1,
+            278: height, 279: data.nbytes, 339: 3 if kind[0] == "f" else 1}
+    if white is None: del tags[262]
+    tags[273] = 8 + 2 + len(tags)*12 + 4
     entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
     head = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
-    path.write_bytes(head + entries + bytes(4) + values.astype(order + "u2").tobytes())
+    path.write_bytes(head + entries + bytes(4) + data.tobytes())
 
 @pytest.mark.parametrize("order", "<>")
 def test_a_tiff_of_16_bits_in_either_byte_order(tmp_path, order):
@@ -176,6 +200,29 @@ def test_a_tiff_of_16_bits_in_either_byte_order(tmp_path, order):
     assert digest(tmp_path/"x.tif").oddity == ""
     assert np.array_equal(load_image(tmp_path/"x.tif")[..., 0], np.rint(values/257))
     assert load_mask(tmp_path/"x.tif").sum() == 63
+
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+def test_a_tiff_that_stores_white_as_0_is_seen_as_a_viewer_shows_it(tmp_path, kind):
+    most = 2**(8*int(kind[1])) - 1
+    values = np.arange(64).reshape(8, 8)*(most//64)
+    write_tiff(tmp_path/"black.tif", values, kind=kind)
+    write_tiff(tmp_path/"white.tif", most - values, kind=kind, white=0)
+    assert np.array_equal(load_image(tmp_path/"white.tif"), load_image(tmp_path/"black.tif"))
+    assert digest(tmp_path/"white.tif") == digest(tmp_path/"black.tif")
+    assert np.array_equal(load_mask(tmp_path/"white.tif"), values > 0)
+
+def test_floats_that_store_white_as_0_are_refused_and_what_says_nothing_is_not(tmp_path):
+    values = np.arange(64).reshape(8, 8)/64
+    write_tiff(tmp_path/"x.tif", values, kind="f4", white=0)
+    with pytest.raises(DataError, match="x.tif holds floats, and 0 is white .*save it with 0 as black"):
+        load_image(tmp_path/"x.tif")
+    write_tiff(tmp_path/"y.tif", values, kind="f4", white=None)
+    assert np.array_equal(np.asarray(read_image(tmp_path/"y.tif")), values.astype(np.float32))
+
+def test_the_reason_of_an_unreadable_file_does_not_name_it_twice(tmp_path):
+    nothing(tmp_path/"x.png", None)
+    with pytest.raises(DataError, match="x.png .cannot identify image file.. replace"):
+        read_image(tmp_path/"x.png")
 
 @pytest.mark.parametrize("number", [0, 9, 65535])
 def test_an_orientation_that_does_not_exist_turns_nothing(photo, tmp_path, number):

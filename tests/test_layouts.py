@@ -273,18 +273,20 @@ def test_masks_of_one_image_have_one_size(root):
     draw_mask(root/"pushpins/ground_truth/logical_anomalies/000/001.png", size=(20, 24))
     with pytest.raises(DataError, match="000 have sizes 20x24, 24x20"): verify(read_catalog(root))
 
-def test_the_parts_of_an_item_stay_on_one_side(root):
+def test_the_good_parts_of_an_item_stay_on_one_side(root):
     kolektor(root)
     good = read_catalog(root).table.query("kind == 'good'")
     items = good[good.path.map(lambda path: path[:5]) != "kos02"]
     sides = items.groupby(items.path.str[:5]).split.nunique()
     assert len(sides) == 4 and (sides == 1).all()
 
-def test_another_image_moves_no_other_one_to_the_test_or_back():
+def test_another_image_moves_at_most_one_other_to_the_test_or_back():
     names = [f"{i}.png" for i in range(100)]
     before = for_test(names)
     after = for_test([*names, "new.png"])
     assert len(before) == 20 and len(before ^ after) <= 1 and not for_test(["one.png"])
+    steps = [(for_test(names[:n]), for_test(names[:n + 1]) - {names[n]}) for n in range(1, 100)]
+    assert max(len(fewer ^ more) for fewer, more in steps) == 1
 
 @pytest.mark.filterwarnings("ignore:.*nan for")
 def test_a_calibration_image_of_the_dataset_is_scored_and_not_trained_on(root, tmp_path):
@@ -323,6 +325,13 @@ def test_data_to_choose_options_on_are_made_of_any_layout(root, name, tree, monk
     made = read_catalog(heldout(root)).table
     normal = made[(made.kind == "good")].groupby("cls").size()
     assert normal.to_dict() == train.groupby("cls").size().to_dict()
+
+def test_the_remedy_for_too_few_training_images_fits_any_layout(root, monkeypatch, tmp_path):
+    monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path/"cache"))
+    btad(root)
+    with pytest.raises(DataError, match="class '01' has 1 different training images") as error: heldout(root)
+    assert "normal training images of 01, as the dataset's layout has them" in error.value.remedy
+    assert "train/good" not in str(error.value)
 
 def test_files_of_one_name_in_different_folders_are_told_apart(root, monkeypatch, tmp_path):
     monkeypatch.setenv("MDD_BENCH_CACHE", str(tmp_path/"cache"))
@@ -387,6 +396,60 @@ def test_good_images_of_a_plain_dataset_may_lie_in_folders(root):
     plain(root)
     images(root, *(f"OK/2024-01/{number}.jpg" for number in range(10, 20)))
     assert (read_catalog(root).table.kind == "good").sum() == 20
+
+@pytest.mark.parametrize("more, named", [
+    ("defect/0.png", "NG, defect"), ("good/0.png", "OK, good"), ("ground_truth/0.png", "Masks, ground_truth"),
+])
+def test_two_folders_of_one_sort_in_a_plain_dataset_are_refused(root, more, named):
+    plain(root)
+    images(root, more)
+    assert recognise(root) == "plain"
+    first = named.split(",")[0]
+    problem = f"data has several folders of one sort: {named}. move all that counts into {first} "
+    with pytest.raises(DataError, match=problem): read_catalog(root)
+
+def test_a_mask_that_two_kinds_find_in_one_folder_is_refused(root):
+    images(root, *(f"good/{number}.png" for number in range(3)), "bad/bent/000.png", "bad/crack/000.png")
+    draw_mask(root/"masks/000.png")
+    problem = "2 images name the mask .*masks/000.png, such as bad/bent/000.png and bad/crack/000.png. give"
+    with pytest.raises(DataError, match=problem): verify(read_catalog(root))
+    for kind in ("bent", "crack"): draw_mask(root/f"masks/{kind}/000.png")
+    assert not verify(read_catalog(root)).warnings
+
+@pytest.mark.parametrize("kind, wrong", [("dent", True), ("good", False)])
+def test_a_table_may_share_a_mask_among_good_images_alone(root, kind, wrong):
+    images(root, *(f"{n}.png" for n in range(4)))
+    draw_mask(root/"black.png", value=0)
+    table_of_lines(root, *(f"{n}.png,{'black.png' if n > 1 else ''},a,{'test' if n > 1 else 'train'},"
+                           f"{kind if n > 1 else 'good'}" for n in range(4)))
+    words = " ".join(problem.what for problem in inspect_dataset(root/"table.csv").problems)
+    assert ("2 images name the mask" in words) == wrong
+
+# --- images that nothing reads
+
+UNREAD = [
+    (mvtec, "grid/train/bent/0.png"), (mvtec, "grid/ground_truth/bent/7_mask.png"), (mvtec, "raw/ok/0.png"),
+    (plain, "new/0.png"), (btad, "01/test/unsure/0.bmp"), (dagm, "Class1/Val/0.PNG"),
+    (kolektor, "other/0.jpg"),
+    (mvtec_ad_2, "vial/test_hidden/0.png"), (mvtec_3d, "bagel/test/combined/photo/0.png"),
+]
+
+@pytest.mark.parametrize("tree, name", UNREAD)
+def test_an_image_without_a_place_in_its_layout_is_named(root, tree, name):
+    tree(root)
+    draw(root/name)
+    (root/"notes.txt").write_text("no image")
+    warning = f"^1 images in {root} are not read: layout .* has no place for them; for example {root/name}$"
+    with pytest.warns(UserWarning, match=warning): found = verify(read_catalog(root))
+    assert found.catalog.unread == [name]
+
+def test_an_image_beside_a_list_or_a_table_is_left_out_on_purpose(root):
+    mvtec(root)
+    read_catalog(root).table.to_csv(root/"table.csv", index=False)
+    draw(root/"grid/train/good/999.png")
+    assert not verify(read_catalog(root/"table.csv")).warnings
+    uniad(root)
+    assert recognise(root) == "uniad" and not verify(read_catalog(root)).warnings
 
 # --- lists and what they say
 

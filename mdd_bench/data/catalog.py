@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DIGEST_VERSION', 'MASKS', 'Row', 'split_counts', 'Catalog', 'Digest', 'hashed_bytes', 'hash_of', 'digest',
            'mask_digest', 'cache_dir', 'memo_file', 'read_memo', 'write_memo', 'memo_key', 'digests', 'made_once',
-           'fingerprint', 'contradictions', 'mask_size_problems', 'has_no_mask', 'masks_unknown',
+           'fingerprint', 'shared_masks', 'contradictions', 'mask_size_problems', 'has_no_mask', 'masks_unknown',
            'missing_mask_problems', 'undefined_metrics', 'class_problems', 'value_range_problems', 'oddities',
-           'visible_range', 'badly_lit', 'leaks', 'absent_classes', 'Inspection', 'readable', 'inspect_catalog',
-           'refuse_problems', 'verify']
+           'visible_range', 'lighting_remedy', 'badly_lit', 'unread_images', 'leaks', 'absent_classes', 'Inspection',
+           'readable', 'inspect_catalog', 'refuse_problems', 'verify']
 
 # %% ../../nbs/data/01_catalog.ipynb #a30fbe20
 import hashlib, json, os, shutil, warnings
@@ -22,7 +22,7 @@ import pandas as pd
 from filelock import FileLock
 from PIL import Image
 from .images import (
-    LOSSY, has_deep_colours, image_oddity, joined_masks, mask_files, mask_oddity, read_image)
+    LOSSY, has_deep_colours, image_oddity, joined_masks, mask_files, mask_oddity, read_image, without_alpha)
 from ..errors import DataError
 
 # %% ../../nbs/data/01_catalog.ipynb #db340e0d
@@ -59,6 +59,7 @@ class Catalog:
     layout: str = ""     # the name of the layout that it was read in
     ignored: dict = field(default_factory=dict)   # files in the folder that nothing names: ending -> number
     left_out: int = 0    # anomalous images of the training: detectors train on normal ones
+    unread: list = field(default_factory=list)    # images in the folder that its layout has no place for
 
     @property
     def classes(self) -> list[str]: return sorted(self.table.cls.unique())
@@ -77,7 +78,7 @@ class Catalog:
         return counts if has_calibration else counts.drop(columns="calibration", errors="ignore")
 
 # %% ../../nbs/data/01_catalog.ipynb #d2d4ac3f
-DIGEST_VERSION = 5  # raised whenever a `Digest` says something else, so that remembered ones are forgotten
+DIGEST_VERSION = 6  # raised whenever a `Digest` says something else, so that remembered ones are forgotten
 
 class Digest(NamedTuple):
     "What is remembered of a file that was read to its end."
@@ -86,7 +87,7 @@ class Digest(NamedTuple):
     sha256: str       # of the content
     oddity: str       # what looks wrong about it; empty for most
     mode: str         # Pillow's name for bands and bits, such as RGB or I;16; RGB;16: only 8 of 16 are read
-    values: list      # lowest and highest value of an image; of a mask: empty
+    values: list      # lowest and highest value of an image, without transparency; of a mask: empty
     marked: float     # of a mask: the share of the pixels that it marks; of an image: 0
 
 def hashed_bytes(
@@ -110,8 +111,8 @@ def digest(
 ) -> Digest:
     "Reads an image to its end; raises `DataError` as `read_image` does."
     image = read_image(path)
-    pixels = np.asarray(image)
-    values = [float(pixels.min()), float(pixels.max())]
+    levels = without_alpha(image)
+    values = [float(levels.min()), float(levels.max())]
     mode = f"{image.mode};16" if has_deep_colours(image) else image.mode
     return Digest(*image.size, hash_of(image, path), image_oddity(image), mode, values, 0.)
 
@@ -233,13 +234,25 @@ def fingerprint(
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 # %% ../../nbs/data/01_catalog.ipynb #b01c9f29
+def shared_masks(catalog: Catalog) -> list[DataError]:
+    "Returns an error for each mask that several anomalous images name."
+    table = catalog.table
+    problems = []
+    for mask, rows in table[(table.kind != "good") & (table["mask"] != "")].groupby("mask"):
+        paths = rows.path.unique()
+        if len(paths) < 2: continue
+        what = f"{len(paths)} images name the mask {catalog.root/mask}, such as {paths[0]} and {paths[1]}"
+        remedy = "give each a mask of its own; where kinds have images of one name, in a folder for each kind"
+        problems.append(DataError(what, remedy))
+    return problems
+
 def contradictions(
     catalog: Catalog,
     seen: dict[str, Digest],   # of its images and masks
 ) -> list[DataError]:
-    "Returns an error for each image that stands twice in the table, or is good and has marks on its mask."
+    "Returns an error for each image that stands twice, each good one with marks, and each shared mask."
     table = catalog.table
-    problems = []
+    problems = shared_masks(catalog)
     for path in table.path[table.path.duplicated()].unique():
         problems.append(DataError(f"{catalog.root/path} stands in the table more than once", "name it once"))
     for row in table[(table.kind == "good") & (table["mask"] != "")].itertuples():
@@ -248,6 +261,7 @@ def contradictions(
         problems.append(DataError(what, "take the mask away, or name the kind of the defect"))
     return problems
 
+# %% ../../nbs/data/01_catalog.ipynb #bcbc3783
 def mask_size_problems(
     catalog: Catalog,
     seen: dict[str, Digest],   # of its images and masks
@@ -351,11 +365,20 @@ def visible_range(
     found: Digest,   # of an image
     value_range,     # black and white of deep images, or None: it was not stated
 ) -> tuple:          # lowest and highest value, from 0 for black to 1 for white
-    "Returns what part of the way from black to white an image takes."
+    "Returns what part of the way from black to white an image takes; transparency does not count."
     deep = found.mode.startswith(("I", "F"))
     black, white = (value_range or (0, 65535)) if deep else (0, 255)
     return tuple((value - black)/(white - black) for value in found.values)
 
+def lighting_remedy(
+    mode: str,   # of a `Digest`
+) -> str:
+    "Returns what to do about images of a mode that are nearly black or white."
+    if mode.startswith(("I", "F")): return "look at --value-range"
+    if mode.endswith(";16"): return "of 16 bits for each colour the upper 8 are read: save them with 8 bits"
+    return "look at the images"
+
+# %% ../../nbs/data/01_catalog.ipynb #964d22c2
 def badly_lit(
     catalog: Catalog,
     seen: dict[str, Digest],   # of its images
@@ -369,11 +392,17 @@ def badly_lit(
         odd = [path for path, (lowest, highest) in ranges.items() if highest < 1/8 or lowest >= 1]
         if not odd: continue
         values = "{:g} to {:g}".format(*seen[odd[0]].values)
-        example = f"{catalog.root/odd[0]} has values from {values}: look at --value-range"
+        example = f"{catalog.root/odd[0]} has values from {values}: {lighting_remedy(seen[odd[0]].mode)}"
         lines.append(f"{len(odd)} images of {cls} are nearly black or white; {example}")
     return lines
 
 # %% ../../nbs/data/01_catalog.ipynb #0fd490a0
+def unread_images(catalog: Catalog) -> list[str]:
+    "Returns a line about the images in the folder that its layout has no place for."
+    if not catalog.unread: return []
+    what = f"{len(catalog.unread)} images in {catalog.root} are not read: layout {catalog.layout}"
+    return [f"{what} has no place for them; for example {catalog.root/catalog.unread[0]}"]
+
 def leaks(
     catalog: Catalog,
     seen: dict[str, Digest],   # of its images
@@ -443,7 +472,7 @@ def inspect_catalog(
     problems += missing_mask_problems(kept) if masks == "required" else []
     unstated = value_range_problems(kept, seen, value_range)
     problems += unstated
-    warnings = oddities(kept, seen) + leaks(kept, seen)
+    warnings = oddities(kept, seen) + leaks(kept, seen) + unread_images(catalog)
     if not unstated: warnings += badly_lit(kept, seen, value_range)
     if masks == "optional": warnings += masks_unknown(kept)
     return Inspection(kept, seen, broken if skip_broken else [], problems, warnings)

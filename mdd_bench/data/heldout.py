@@ -248,8 +248,8 @@ def held_out(
     n = len(names)
     if n < LEAST_IMAGES:
         raise DataError(f"class {cls!r} has {n} different training images: too few to hold some out",
-                        f"add images to {cls}/train/good until there are {LEAST_IMAGES}, "
-                        "or leave the class out of the dataset's folder")
+                        f"add normal training images of {cls}, as the dataset's layout has them, until "
+                        f"{LEAST_IMAGES} of them differ, or take the class out of the dataset")
     def name_hash(name): return hashlib.sha256(f"{seed}\0{cls}\0{name}".encode()).digest()
     return sorted(names, key=name_hash)[:max(2, n//5)]
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'RESIZE', 'LOSSY', 'MOST_MARKED', 'MOST_LEVELS', 'MOST_GREY', 'is_image', 'images_in',
-           'most_megapixels', 'refuse_image', 'UnreadableImage', 'opened', 'read_image', 'image_size', 'is_deep',
-           'has_deep_colours', 'to_8_bits', 'load_rgb', 'Framing', 'squared', 'load_image', 'image_array', 'shown_part',
-           'brightness', 'marked', 'mask_files', 'joined_masks', 'load_mask', 'image_oddity', 'mask_oddity']
+           'most_megapixels', 'stores_white_as_0', 'refuse_image', 'UnreadableImage', 'opened', 'black_as_0',
+           'read_image', 'image_size', 'is_deep', 'has_deep_colours', 'to_8_bits', 'load_rgb', 'Framing', 'squared',
+           'load_image', 'image_array', 'shown_part', 'brightness', 'marked', 'mask_files', 'joined_masks', 'load_mask',
+           'without_alpha', 'image_oddity', 'mask_oddity']
 
 # %% ../../nbs/data/00_images.ipynb #9a41ba0a
 import math, os, re
@@ -43,6 +44,10 @@ def most_megapixels() -> float:
     if most > 0: return most
     raise SpecError(f"MDD_BENCH_MEGAPIXELS is {told!r}", "give a number above 0, such as 500")
 
+def stores_white_as_0(image: Image.Image) -> bool:
+    "Returns whether a TIFF says of itself that 0 is white; one that says nothing does not."
+    return getattr(image, "tag_v2", {}).get(262) == 0      # PhotometricInterpretation: WhiteIsZero
+
 def refuse_image(
     image: Image.Image,  # opened, not decoded yet
     path,                # its file
@@ -56,6 +61,8 @@ def refuse_image(
     pages = getattr(image, "n_frames", 1)
     if pages > 1 and image.format != "MPO":     # a photo with others for depth or preview behind it
         raise DataError(f"{path} has {pages} pages", "save the page that is meant as a file of its own")
+    if image.mode == "F" and stores_white_as_0(image):
+        raise DataError(f"{path} holds floats, and 0 is white (its tag 262 is 0)", "save it with 0 as black")
 
 # %% ../../nbs/data/00_images.ipynb #0788543d
 class UnreadableImage(DataError):
@@ -67,12 +74,17 @@ def opened(
 ):          # yields the image, not decoded yet
     "Opens an image; what goes wrong with it becomes an `UnreadableImage` that names the file."
     try:
-        with Image.open(path) as image: yield image
+        with open(path, "rb") as file, Image.open(file) as image: yield image
     except MddBenchError: raise
     except Exception as e:
-        reason = re.split(" '?/", str(e))[0] or type(e).__name__
+        reason = re.split(" '?/| <_io", str(e))[0] or type(e).__name__
         remedy = "replace or remove the file, or pass --skip-broken"
         raise UnreadableImage(f"unreadable image {path} ({reason})", remedy) from None
+
+def black_as_0(image: Image.Image) -> Image.Image:
+    "Returns a decoded image; one of 16 bits that stores white as 0 is turned round."
+    if image.mode != "I;16" or not stores_white_as_0(image): return image
+    return Image.fromarray(65535 - np.asarray(image))
 
 def read_image(
     path,           # an image file
@@ -83,7 +95,7 @@ def read_image(
         image.deep_colours = any(";16" in str(tile) for tile in image.tile)     # which `load` forgets
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-    return image
+    return black_as_0(image)
 
 # %% ../../nbs/data/00_images.ipynb #c92c0910
 def image_size(
@@ -237,9 +249,14 @@ def load_mask(
 # %% ../../nbs/data/00_images.ipynb #ad3e1a4a
 MOST_MARKED, MOST_LEVELS, MOST_GREY = .9, 32, .1     # above which a mask may be wrong (ours)
 
+def without_alpha(image: Image.Image) -> np.ndarray:    # [H, W] or [H, W, C], as the image's mode has them
+    "Returns the values of a decoded image without those that say how transparent it is."
+    values = np.asarray(image)
+    return values[..., :-1] if image.getbands()[-1] in ("A", "a") else values
+
 def image_oddity(image: Image.Image) -> str:
     "Returns what may be wrong about a decoded image; nothing for most."
-    values = np.asarray(image)
+    values = without_alpha(image)
     return "it is of a single colour" if (values == values[:1, :1]).all() else ""
 
 def mask_oddity(

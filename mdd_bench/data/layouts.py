@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'TEST_SHARE', 'GOOD_NAMES', 'BAD_NAMES', 'MASK_NAMES', 'SPLIT_NAMES', 'SPLITS', 'Layout', 'layout',
-           'folders_in', 'masks_of', 'find_mask', 'kind_rows', 'for_test', 'named_folder', 'plain_classes',
-           'masks_of_kind', 'plain', 'class_folders', 'mvtec', 'mvtec_3d', 'mvtec_ad_2', 'btad', 'dagm', 'by_mask',
-           'beside', 'kolektor2', 'kolektor', 'safe_name', 'listed_row', 'folder_of', 'read_json', 'entry_value',
-           'read_csv', 'entry_flag', 'anomaly', 'visa_kinds', 'visa', 'whole_mask', 'ader', 'uniad', 'realiad_lists',
-           'realiad', 'row_fault', 'checked_row', 'csv_rows', 'has_mark', 'recognise', 'unrecognised', 'unknown_class',
-           'table_of', 'normal_training', 'unused_files', 'dataset_rows', 'read_catalog']
+           'folders_in', 'masks_of', 'find_mask', 'kind_rows', 'for_test', 'named_folders', 'named_folder',
+           'plain_classes', 'masks_of_kind', 'plain', 'class_folders', 'mvtec', 'mvtec_3d', 'mvtec_ad_2', 'btad',
+           'dagm', 'by_mask', 'beside', 'kolektor2', 'kolektor', 'safe_name', 'listed_row', 'folder_of', 'read_json',
+           'entry_value', 'read_csv', 'entry_flag', 'anomaly', 'visa_kinds', 'visa', 'whole_mask', 'ader', 'uniad',
+           'realiad_lists', 'realiad', 'row_fault', 'checked_row', 'csv_rows', 'has_mark', 'recognise', 'unrecognised',
+           'unknown_class', 'table_of', 'normal_training', 'unused_files', 'counted_endings', 'missed_images',
+           'dataset_rows', 'read_catalog']
 
 # %% ../../nbs/data/01a_layouts.ipynb #57fc1759
 import csv, hashlib, io, json, os, re, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 import pandas as pd
 from .catalog import Catalog, Row, digests
@@ -30,6 +32,7 @@ class Layout:
     mark: str | Callable   # a glob that finds something in such a folder, or a function of the folder
     tree: str              # where images and masks lie
     rows: Callable[[Path], Iterator[Row]]   # of a dataset in such a folder
+    spare: tuple = ()      # globs of images beside those that are read, in lower case
 
 LAYOUTS: dict[str, Layout] = {}
 
@@ -37,10 +40,11 @@ def layout(
     name: str,   # how users call it
     mark,        # a glob that finds something in such a folder, or a function of the folder
     tree: str,   # where images and masks lie, for people
+    spare=(),    # globs of images that such a dataset has besides, in lower case: they are not missed
 ):               # a decorator of a function of the dataset's folder that yields `Row`s
     "Registers a layout. Those registered last are tried first: special ones after general ones."
     def register(rows):
-        LAYOUTS[name] = Layout(name, mark, tree, rows)
+        LAYOUTS[name] = Layout(name, mark, tree, rows, tuple(spare))
         return rows
     return register
 
@@ -99,16 +103,24 @@ BAD_NAMES = ("bad", "ng", "ko", "defect", "defects", "defective", "anomaly", "an
 MASK_NAMES = ("mask", "masks", "ground_truth")
 SPLIT_NAMES = ("train", "test", "validation", "test_public")     # of a layout that says what is trained on
 
+def named_folders(folder: Path, names) -> list[Path]:
+    "Returns the sub-folders that have one of the names, in upper or lower case."
+    return [p for p in folders_in(folder) if p.name.lower() in names]
+
 def named_folder(folder: Path, names) -> Path | None:
-    "Returns the first sub-folder that has one of the names, in upper or lower case."
-    return next((p for p in folders_in(folder) if p.name.lower() in names), None)
+    "Returns the sub-folder that has one of the names; raises `DataError` where there are several."
+    found = named_folders(folder, names)
+    if len(found) < 2: return next(iter(found), None)
+    problem = f"{folder} has several folders of one sort: {', '.join(p.name for p in found)}"
+    remedy = f"move all that counts into {found[0].name} (its folders are read too), and take the rest away"
+    raise DataError(problem, remedy)
 
 def plain_classes(root: Path) -> list[Path]:
     "Returns the folders with good images: this one, or some in it; none without bad images, or with a split."
     below = folders_in(root)
     if any(p.name.lower() in SPLIT_NAMES for p in below): return []
-    good = [p for p in [root, *below] if named_folder(p, GOOD_NAMES)]
-    return good if any(named_folder(p, BAD_NAMES) for p in good) else []
+    good = [p for p in [root, *below] if named_folders(p, GOOD_NAMES)]
+    return good if any(named_folders(p, BAD_NAMES) for p in good) else []
 
 # %% ../../nbs/data/01a_layouts.ipynb #d5e8c771
 def masks_of_kind(masks: Path | None, kind: str) -> Path | None:
@@ -116,7 +128,8 @@ def masks_of_kind(masks: Path | None, kind: str) -> Path | None:
     if masks is None: return None
     return masks/kind if (masks/kind).is_dir() else masks
 
-@layout("plain", plain_classes, "[<class>/]good/*, bad/* or bad/<kind>/*, masks/<stem>.png")
+@layout("plain", plain_classes, "[<class>/]good/*, bad/* or bad/<kind>/*, masks/<stem>.png",
+        spare=[f"*/{name}/*" for name in MASK_NAMES])
 def plain(root: Path) -> Iterator[Row]:
     "Folders of good and of bad images; a fifth of the good ones is tested (ours)."
     for folder in plain_classes(root):
@@ -141,7 +154,8 @@ def class_folders(
     "Returns the folders of the classes: those with a `train` or a `test` in them."
     return [p for p in folders_in(root) if (p/"train").is_dir() or (p/"test").is_dir()]
 
-@layout("mvtec", "*/train/good", "<class>/train/good/*, test/<kind>/*, ground_truth/<kind>/<stem>_mask.png")
+@layout("mvtec", "*/train/good", "<class>/train/good/*, test/<kind>/*, ground_truth/<kind>/<stem>_mask.png",
+        spare=["*/ground_truth/good/*"])
 def mvtec(root: Path, inner="", masks="ground_truth/{kind}") -> Iterator[Row]:
     "MVTec AD, MVTec LOCO, MPDD: a folder for each class, split and kind, with the images in its `inner`."
     for folder in class_folders(root):
@@ -156,12 +170,14 @@ def mvtec(root: Path, inner="", masks="ground_truth/{kind}") -> Iterator[Row]:
             yield from kind_rows(root, kind/inner, row, of_kind)
 
 # %% ../../nbs/data/01a_layouts.ipynb #f910e5d9
-@layout("mvtec_3d", "*/train/good/rgb", "<class>/train/good/rgb/*, test/<kind>/rgb/*, test/<kind>/gt/*")
+@layout("mvtec_3d", "*/train/good/rgb", "<class>/train/good/rgb/*, test/<kind>/rgb/*, test/<kind>/gt/*",
+        spare=["*/xyz/*", "*/good/gt/*"])
 def mvtec_3d(root: Path) -> Iterator[Row]:
     "MVTec 3D-AD: its photos, without the point clouds."
     return mvtec(root, "rgb", "test/{kind}/gt")
 
-@layout("mvtec_ad_2", "*/test_public", "<class>/train/good/*, test_public/{good,bad,ground_truth/bad}/*")
+@layout("mvtec_ad_2", "*/test_public", "<class>/train/good/*, test_public/{good,bad,ground_truth/bad}/*",
+        spare=["*/test_private*", "*/ground_truth/good/*"])
 def mvtec_ad_2(root: Path) -> Iterator[Row]:
     "MVTec AD 2: the public test. The images of the hidden tests have no labels and are left out."
     for folder in class_folders(root):
@@ -173,7 +189,8 @@ def mvtec_ad_2(root: Path) -> Iterator[Row]:
         bad = row._replace(split="test", kind="bad")
         yield from kind_rows(root, public/"bad", bad, public/"ground_truth"/"bad")
 
-@layout("btad", "*/train/ok", "<class>/train/ok/*, test/{ok,ko}/*, ground_truth/ko/*")
+@layout("btad", "*/train/ok", "<class>/train/ok/*, test/{ok,ko}/*, ground_truth/ko/*",
+        spare=["*/ground_truth/ok/*"])
 def btad(root: Path) -> Iterator[Row]:
     "BTAD: ok and ko; masks may end otherwise than their images."
     for folder in class_folders(root):
@@ -184,7 +201,8 @@ def btad(root: Path) -> Iterator[Row]:
         yield from kind_rows(root, folder/"test"/"ko", bad, folder/"ground_truth"/"ko")
 
 # %% ../../nbs/data/01a_layouts.ipynb #5d817aee
-@layout("dagm", "*/Train/Label", "Class<n>/{Train,Test}/*.PNG, {Train,Test}/Label/<stem>_label.PNG")
+@layout("dagm", "*/Train/Label", "Class<n>/{Train,Test}/*.PNG, {Train,Test}/Label/<stem>_label.PNG",
+        spare=["*/label/*"])
 def dagm(root: Path) -> Iterator[Row]:
     "DAGM 2007: an image with a label file is defective."
     for folder in (p for p in folders_in(root) if (p/"Train").is_dir()):
@@ -208,7 +226,7 @@ def beside(root: Path, image: Path, ending: str, row: Row) -> Row:
     path, mask = (name.relative_to(root).as_posix() for name in names)
     return row._replace(path=path, mask=mask)
 
-@layout("kolektor2", "train/*_GT.png", "{train,test}/<number>.png, <number>_GT.png")
+@layout("kolektor2", "train/*_GT.png", "{train,test}/<number>.png, <number>_GT.png", spare=["*_gt*.png"])
 def kolektor2(root: Path) -> Iterator[Row]:
     "KolektorSDD2: a mask beside each image."
     rows = []
@@ -218,7 +236,7 @@ def kolektor2(root: Path) -> Iterator[Row]:
     yield from by_mask(root, rows)
 
 # %% ../../nbs/data/01a_layouts.ipynb #309af901
-@layout("kolektor", "kos*/Part*_label.bmp", "kos<item>/Part<n>.jpg, Part<n>_label.bmp")
+@layout("kolektor", "kos*/Part*_label.bmp", "kos<item>/Part<n>.jpg, Part<n>_label.bmp", spare=["*_label.bmp"])
 def kolektor(root: Path) -> Iterator[Row]:
     "KolektorSDD: a mask beside each image; of the items, a fifth is tested, and all defective images (ours)."
     items = [p for p in folders_in(root) if p.name.startswith("kos")]
@@ -319,7 +337,7 @@ def visa_kinds(folder: Path) -> dict:    # image -> kind
     rows = read_csv(folder/"image_anno.csv", ("image", "label"))
     return {row["image"]: "combined" if "," in row["label"] else anomaly(row["label"]) for row in rows}
 
-@layout("visa", "split_csv/1cls.csv", "<class>/Data/{Images,Masks}/*, split_csv/1cls.csv")
+@layout("visa", "split_csv/1cls.csv", "<class>/Data/{Images,Masks}/*, split_csv/1cls.csv", spare=["*"])
 def visa(root: Path) -> Iterator[Row]:
     "VisA as it is published: the split of its 1cls.csv."
     source = root/"split_csv"/"1cls.csv"
@@ -337,7 +355,8 @@ def whole_mask(row: Row) -> Row:
     image, mask = PurePosixPath(row.path), PurePosixPath(row.mask)
     return row._replace(mask=str(mask.parent)) if row.mask and mask.parent.name == image.stem else row
 
-@layout("ader", "meta.json", "meta.json: {train, test: {<class>: [{img_path, mask_path, anomaly}]}}")
+@layout("ader", "meta.json", "meta.json: {train, test: {<class>: [{img_path, mask_path, anomaly}]}}",
+        spare=["*"])
 def ader(root: Path) -> Iterator[Row]:
     "ADer's meta.json: the entries of each class and split."
     source = root/"meta.json"
@@ -354,7 +373,8 @@ def ader(root: Path) -> Iterator[Row]:
                 yield whole_mask(listed_row(image, mask, Row("", "", cls, split, kind), source))
 
 # %% ../../nbs/data/01a_layouts.ipynb #e0c6e627
-@layout("uniad", "train.json", "train.json, test.json: a line {filename, label, clsname, maskname} an image")
+@layout("uniad", "train.json", "train.json, test.json: a line {filename, label, clsname, maskname} an image",
+        spare=["*"])
 def uniad(root: Path) -> Iterator[Row]:
     "UniAD's lists: a kind is the name of the image's folder."
     for split in ("train", "test"):
@@ -376,7 +396,8 @@ def realiad_lists(root: Path) -> list[Path]:
     found = [sorted(p for p in folder.glob("*.json") if not p.name.startswith(".")) for folder in folders]
     return next(filter(None, found), [])
 
-@layout("realiad", "realiad_jsons", "realiad_jsons/<class>.json, realiad_<size>/<class>/{OK,NG}/**/*.jpg")
+@layout("realiad", "realiad_jsons", "realiad_jsons/<class>.json, realiad_<size>/<class>/{OK,NG}/**/*.jpg",
+        spare=["*"])
 def realiad(root: Path) -> Iterator[Row]:
     "Real-IAD: every view is an image of its own; of several resolutions, the first by name is read."
     for source in realiad_lists(root):
@@ -479,18 +500,32 @@ def normal_training(table: pd.DataFrame) -> pd.DataFrame:
 def unused_files(
     root: Path,            # of the dataset
     table: pd.DataFrame,   # of all its classes
-) -> dict:                 # ending -> number
-    "Counts the files that no row names, by their endings; those in hidden folders do not count."
+) -> list[str]:            # relative to it
+    "Returns the files that no row names, sorted; those in hidden folders do not count."
     used = {*table.path, *table["mask"]}
-    counts = Counter()
+    unused = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         here = Path(folder).relative_to(root)
         if here.as_posix() in used: continue     # a folder of masks
-        counts.update(Path(name).suffix.lower() for name in files if (here/name).as_posix() not in used)
-    return dict(counts.most_common())
+        unused += [(here/name).as_posix() for name in files if (here/name).as_posix() not in used]
+    return sorted(unused)
 
 # %% ../../nbs/data/01a_layouts.ipynb #df2440d1
+def counted_endings(files: list[str]) -> dict:    # ending -> number
+    "Counts files by their endings, the most frequent first."
+    return dict(Counter(PurePosixPath(name).suffix.lower() for name in files).most_common())
+
+def missed_images(
+    files: list[str],   # of a dataset, which no row names
+    layout: str,        # how it was read
+) -> list[str]:
+    "Returns the images among the files that the layout has no place for; none beside a list or a table."
+    spare = LAYOUTS[layout].spare if layout in LAYOUTS else ["*"]
+    def is_spare(name): return any(fnmatchcase(f"/{name.lower()}", glob) for glob in spare)
+    return [name for name in files if is_image(name) and not is_spare(name)]
+
+# %% ../../nbs/data/01a_layouts.ipynb #d6d32199
 def dataset_rows(
     root: Path,      # a dataset's folder, or a CSV file
     layout: str,     # its name; empty: it is recognised
@@ -528,4 +563,6 @@ def read_catalog(
         if cls not in known: raise unknown_class(cls, known)
     asked = table[table.cls.isin(classes or known)]
     kept = normal_training(asked).reset_index(drop=True)
-    return Catalog(root, kept, name, unused_files(root, table), len(asked) - len(kept))
+    unused = unused_files(root, table)
+    left_out = len(asked) - len(kept)
+    return Catalog(root, kept, name, counted_endings(unused), left_out, missed_images(unused, name))

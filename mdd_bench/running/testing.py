@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXACT_PIXELS', 'THUMBNAIL', 'BatchPrediction', 'predict_together', 'predict_batch', 'predictions', 'class_images',
-           'predict_class', 'true_mask', 'square_mask', 'ShownPart', 'shown_parts', 'ClassOutcome', 'evaluation_mode',
-           'ClassCounts', 'ClassTest', 'square_masks', 'collect_samples', 'compute_replicates', 'evaluate_class',
-           'evaluate_classes', 'collect_metrics', 'ClassMaps', 'class_maps', 'scores_of_good', 'calibration_scores',
-           'prediction_quality']
+           'predict_class', 'true_mask', 'square_mask', 'has_padding', 'ShownPart', 'shown_parts', 'ClassOutcome',
+           'evaluation_mode', 'ClassCounts', 'ClassTest', 'square_masks', 'collect_samples', 'compute_replicates',
+           'evaluate_class', 'evaluate_classes', 'collect_metrics', 'ClassMaps', 'class_maps', 'scores_of_good',
+           'calibration_scores', 'prediction_quality']
 
 # %% ../../nbs/running/54_testing.ipynb #d7cc31e4
 import time
@@ -124,6 +124,17 @@ def square_mask(root: Path, row, framing: Framing) -> np.ndarray:    # bool [H0,
     "The mask of a test image, framed as the image was for the network."
     return squared(true_mask(root, row), framing.resize, "constant")
 
+# %% ../../nbs/running/54_testing.ipynb #9fa6564d
+def has_padding(
+    plan: ModelPlan,
+    cls: str,     # one of the model's classes
+) -> bool:
+    "Whether a test image of a class is padded; raises `DataError` as `image_size` does."
+    if framing_of(plan.resolved.spec).resize != "pad": return False
+    catalog = plan.dataset.catalog
+    sizes = [image_size(catalog.root/path) for path in catalog.part(cls=cls, split="test").path]
+    return any(height != width for height, width in sizes)
+
 # %% ../../nbs/running/54_testing.ipynb #6663343f
 class ShownPart(NamedTuple):
     "Images of a batch that fill the same part of their maps, and that part."
@@ -137,17 +148,17 @@ def shown_parts(
     root: Path,             # of the dataset
     table: pd.DataFrame,    # the images that are predicted
     framing: Framing,
+    own_scores: bool,       # whether the detector's own scores count
 ):                          # yields `ShownPart`, together all of the batch
     "The images of a batch with their masks, and only the part of the maps that shows the images."
     rows = [table.iloc[i] for i in batch.index]
     of_image = true_mask if framing.resize == "pad" else partial(square_mask, framing=framing)
     masks = [of_image(root, row) for row in rows]
     shown = [shown_part(mask.shape, framing) for mask in masks]
-    own_scores = None if framing.resize == "pad" else batch.scores
     for (height, width), group in groupby(range(len(rows)), key=lambda i: shown[i]):
         positions = list(group)                                 # neighbours in the batch
         images = slice(positions[0], positions[-1] + 1)
-        scores = None if own_scores is None else own_scores[images]
+        scores = batch.scores[images] if own_scores and batch.scores is not None else None
         yield ShownPart(batch.index[images], batch.maps[images, height, width], scores, masks[images])
 
 # %% ../../nbs/running/54_testing.ipynb #6ca9df77
@@ -179,9 +190,11 @@ class ClassCounts:
         self.plan = plan
         self.cls = cls
         self.framing = framing_of(plan.resolved.spec)
+        self.root = plan.dataset.catalog.root
         self.table = plan.dataset.catalog.part(cls=cls, split="test")
         self.defective = (self.table.kind != "good").to_numpy()
         self.located = ~has_no_mask(self.table).to_numpy()
+        self.own_scores = not has_padding(plan, cls)
         self.mode = evaluation_mode(len(self.table), plan.resolved.spec.size)
         self.evaluators = {name: ProtocolEvaluator(get_protocol(name), self.mode) for name in protocols}
 
@@ -209,7 +222,7 @@ class ClassTest(ClassCounts):
     def update(self, batch: BatchPrediction):
         "Add the predictions for a batch of images."
         whole_maps = dict(zip(batch.index, batch.maps))
-        for part in shown_parts(batch, self.plan.dataset.catalog.root, self.table, self.framing):
+        for part in shown_parts(batch, self.root, self.table, self.framing, self.own_scores):
             for compared in self.count(part):
                 index = [part.index[i] for i in compared.index]
                 self.keep(index, compared, whole_maps)
@@ -343,6 +356,7 @@ def scores_of_good(
     for compared in evaluate_batch(protocol, batch): scores[compared.index] = compared.scores
     return scores
 
+# %% ../../nbs/running/54_testing.ipynb #de062e4e
 def calibration_scores(
     detector,
     plan: ModelPlan,
@@ -357,8 +371,9 @@ def calibration_scores(
         table = plan.dataset.catalog.part(cls=cls, split="calibration")
         if not len(table): continue
         scores = np.zeros(len(table))
+        own_scores = not has_padding(plan, cls)
         for batch in predict_class(detector, plan, class_images(plan, cls, "calibration"), runtime):
-            for part in shown_parts(batch, root, table, framing):
+            for part in shown_parts(batch, root, table, framing, own_scores):
                 scores[part.index] = scores_of_good(part, get_protocol(protocol))
         tables.append(pd.DataFrame(dict(path=table.path, cls=cls, score=scores)))
     if not tables: return pd.DataFrame(columns=["path", "cls", "score"])
