@@ -158,7 +158,7 @@ def test_p_is_printed_where_it_can_decide():
     for cls in classes[:5]: blocks[1][cls] = blocks[0][cls]
     rows = printed_effects(found([*pair, third]))
     assert list(rows["Holm p"]) == ["not decidable with 4 of 9 classes", "0.0078"]
-    assert list(rows["smallest attainable"]) == ["0.12", "0.0078"]     # Holm steps down: 1 x 2**-3 and 2 x 2**-8
+    assert list(rows["smallest attainable"]) == ["0.12", "0.0078"]     # 2**-3, and 2*2**-8
     assert list(printed_effects(found(pair)).columns) == ["difference", "95% interval", "excludes 0"]
 
 
