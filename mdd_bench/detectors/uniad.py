@@ -249,9 +249,8 @@ def grid_tokens(
 class UniAD(Detector):
     "A transformer with layer-wise queries and masked attention that rebuilds features (UniAD, NeurIPS 2022)."
     revision = 2
-    recipe = Recipe(epochs=1000, converged=2600, converged_known=False, batch=8, optimizer="adamw",
-                    lr=1e-4, weight_decay=1e-4, drops=(.8,), clip=.1, backbone="efficientnet_b4",
-                    strides=(2, 4, 8, 16))
+    recipe = Recipe(epochs=1000, converged=2600, converged_known=False, batch=8, optimizer="adamw", lr=1e-4,
+        weight_decay=1e-4, drops=(.8,), clip=.1, backbone="efficientnet_b4", strides=(2, 4, 8, 16))
 
     neighbours: int | None = option(None, least=0, check=odd_or_zero,
         help="side of the masked square, odd; 0: no mask; none: half of the grid")

@@ -6,7 +6,7 @@
 __all__ = ['SEEN_AFTER', 'SWEPT', 'run_label', 'Planned', 'no_runs', 'check_sweep', 'record_elsewhere', 'missing_runs', 'expect',
            'plan_sweep', 'keeping_model', 'by_training', 'expected_seconds', 'time_in_words', 'state_of',
            'describe_plan', 'describe_work', 'weights_of', 'expect_again', 'awaited_record', 'SweepBar', 'Underway',
-           'releasing_on_error', 'abandon', 'in_order', 'Starter', 'Settler', 'Queue', 'outcome_of', 'Swept',
+           'abandon', 'in_order', 'releasing_on_error', 'submit', 'Starter', 'Settler', 'Queue', 'outcome_of', 'Swept',
            'records_of', 'paths_of', 'check_places', 'crew_for', 'copy_records', 'sweep', 'make_missing', 'found',
            'sweep_notebook', 'without_timing', 'execute_study']
 
@@ -266,14 +266,6 @@ class Underway(NamedTuple):
         _, stage = read_progress(self.first.job.store.folder(self.first.job.run_id))
         return stage in ("starting", "features")
 
-@contextmanager
-def releasing_on_error(lock: Lock):
-    "Release a lock where the block fails, so that another sweep can make the run."
-    try: yield
-    except BaseException:
-        lock.release()
-        raise
-
 def abandon(
     running: dict[Future, Underway],
     crew: Crew,
@@ -291,6 +283,20 @@ def in_order(
     "The waiting groups; those come last whose features are being computed by a run under way."
     filling = {run.first.features_key for run in running.values() if run.is_filling()}
     return sorted(waiting, key=lambda group: group[0].features_key in filling)
+
+# %% ../../nbs/running/59_sweep.ipynb #19029b11
+@contextmanager
+def releasing_on_error(lock: Lock):
+    "Release a lock where the block fails, so that another sweep can make the run."
+    try: yield
+    except BaseException:
+        lock.release()
+        raise
+
+def submit(job: Job, crew: Crew, environment: dict) -> Future | None:
+    "Hand a run to a crew, unless another sweep has made it in the meantime."
+    if job.is_done(): return None
+    return crew.executor.submit(make_record, job, os.getcwd(), environment, crew.abandoned)
 
 # %% ../../nbs/running/59_sweep.ipynb #6dfd0f5b
 class Starter:
@@ -311,18 +317,13 @@ class Starter:
             lock = Lock(first.job.store.locks/f"{first.job.run_id}.sweep.lock")
             if not lock.acquire(): continue
             self.waiting.remove(group)
-            with releasing_on_error(lock): future = self.submit(first.job, environment)
+            with releasing_on_error(lock): future = submit(first.job, self.crew, environment)
             if future: self.running[future] = Underway(first, rest, place, lock)
             else:
                 lock.release()
                 self.go_on(first, rest, "made by another sweep")
             return True
         return False
-
-    def submit(self, job: Job, environment: dict) -> Future | None:
-        "Hand a run to the crew, unless another sweep has made it in the meantime."
-        if job.is_done(): return None
-        return self.crew.executor.submit(make_record, job, os.getcwd(), environment, self.crew.abandoned)
 
     def go_on(self, first: Planned, rest: list[Planned], word: str):
         "Note that a run has ended, and put the rest of its group first in line."
