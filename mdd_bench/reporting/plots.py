@@ -43,14 +43,14 @@ def style():
         yield plt
 
 # %% ../../nbs/reporting/63_plots.ipynb #24a21f39
-OWN_PLACES = ("patchcore", "rd4ad", "mddnet", "dmad", "bgad", "simplenet", "uniad")
+OWN_PLACES = {"patchcore": 0, "rd4ad": 1, "mddnet": 2, "dmad": 3, "bgad": 4, "simplenet": 7, "uniad": 9}
 
 def places(
     names,    # of the arms, in order
 ) -> dict:    # {name: number}
     "Number the arms from 0: a detector of the library has its own number, the others take those left over."
     names = list(dict.fromkeys(names))
-    own = {name: OWN_PLACES.index(name) for name in names if name in OWN_PLACES}
+    own = {name: OWN_PLACES[name] for name in names if name in OWN_PLACES}
     free = (number for number in count() if number not in own.values())
     return {name: own[name] if name in own else next(free) for name in names}
 
