@@ -16,7 +16,7 @@ from mdd_bench.reporting.captions import cost_caption, how_it_was_made
 from mdd_bench.reporting.formats import marks
 from mdd_bench.reporting.heatmaps import (chosen_samples, heatmap_grid, misjudged, shared_scale,
                                           spread_over_classes, worst_grid)
-from mdd_bench.reporting.plots import (OWN_PLACES, bars, colours, curve, loss_curves, places, save,
+from mdd_bench.reporting.plots import (OWN_NUMBERS, arm_numbers, bars, colours, curve, loss_curves, save,
                                        transfer_map)
 from mdd_bench.reporting.tables import (TABLE_METRICS, caption, costs, page, per_class, scores_frame,
                                         seen_and_unseen, summary, to_markdown, transfer, write_table)
@@ -1022,12 +1022,12 @@ def test_a_detector_has_its_colour_in_every_figure():
     for names in (["patchcore", "mddnet"], ["uniad", "mddnet", "dmad"], ["a", "b", "c", "d", "mddnet"]):
         found = colours(names)
         assert found["mddnet"] == own and len(set(found.values())) == len(names)
-    assert places(["a", "mddnet", "b", "c"]) == dict(a=0, mddnet=2, b=1, c=3)
-    assert set(OWN_PLACES) <= set(list_detectors())
+    assert arm_numbers(["a", "mddnet", "b", "c"]) == dict(a=0, mddnet=2, b=1, c=3)
+    assert set(OWN_NUMBERS) <= set(list_detectors())
 
 
 def test_ten_arms_have_ten_colours_whatever_detectors_are_among_them():
-    for names in ([*OWN_PLACES, "a", "b", "c"], ["a", "b", "c", *OWN_PLACES], ["uniad", *"abcdefghi"]):
+    for names in ([*OWN_NUMBERS, "a", "b", "c"], ["a", "b", "c", *OWN_NUMBERS], ["uniad", *"abcdefghi"]):
         found = colours(names)
         assert len(set(found.values())) == 10 and list(found) == names
 

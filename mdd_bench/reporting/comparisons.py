@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from ..errors import DataError, SpecError, unknown
 from .arms import arms, less_is_better, measured_on, scores_of
-from .plots import colours, legend_beside, places, style
+from .plots import arm_numbers, colours, legend_beside, style
 from .tables import image_metrics, per_class, summary
 
 # %% ../../nbs/reporting/63b_comparisons.ipynb #8c13bd69
@@ -25,7 +25,7 @@ def markers(
     names,    # of the arms, in order
 ) -> dict:    # {name: marker}
     "Return a marker per arm, which tells arms apart without colours; they repeat from the eleventh arm on."
-    return {name: MARKERS[place % len(MARKERS)] for name, place in places(names).items()}
+    return {name: MARKERS[number % len(MARKERS)] for name, number in arm_numbers(names).items()}
 
 # %% ../../nbs/reporting/63b_comparisons.ipynb #563aa4a8
 COSTS = {    # {key of a record's cost: (its name on an axis, how many of the record's units make one there)}
